@@ -1,0 +1,228 @@
+"""The published checkpoint layout: strict reading, atomic writing, and the mixin that every network inherits.
+
+A network's folder holds `config.json` and one safetensors file, or several with an index. Parameter paths in
+the file are the attribute paths of our modules, so nothing is renamed: a missing, extra or misshapen tensor
+is an error that lists them. Models are built on the meta device and handed the file's tensors, so weights
+exist once in memory.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from kandinsky.config import CheckpointError, read_config
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch's zip archive; a bare pickle
+
+Model = TypeVar("Model", bound="Pretrained")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`: synced and renamed at the end, removed when the block fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix, delete=False
+    ) as file:
+        temporary = Path(file.name)
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # a temporary file starts private to its owner
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; a missing file or anything but an object is a CheckpointError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"no such file: {path}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
+    return value
+
+
+def write_json(fields: dict[str, Any], path: Path) -> None:
+    """Writes a JSON object atomically, keys sorted as in the published files."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors atomically, with the header metadata of the published files."""
+    with atomic_file(path) as temporary:
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def open_safetensors(path: Path, device: str | torch.device = "cpu") -> Any:
+    """Opens a safetensors file to be read tensor by tensor; memory stays the file's own until written to.
+
+    Raises:
+        CheckpointError: a missing, truncated or garbage file, or a pickle under a wrong name.
+    """
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"no such file: {path}") from None
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            if file.read(4).startswith(_PICKLE_STARTS):
+                message = f"{path} is a pickle, which is never loaded here; {_how_to_convert(path)}"
+                raise CheckpointError(message) from None
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+
+
+def _how_to_convert(path: Path) -> str:
+    return f"`scripts/download_weights.py --convert {path}` makes a safetensors file of it"
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a network: `name`, or the shards that `name`.index.json lists."""
+    single, index = folder / name, folder / f"{name}.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
+            raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+        outside = sorted(f for f in set(shards.values()) if Path(f).name != f)
+        if outside:
+            raise CheckpointError(f"{index} points outside its folder: {', '.join(outside)}")
+        return [folder / shard for shard in sorted(set(shards.values()))]
+    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")])
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has no {name}, only the pickle {pickles[0].name}; {_how_to_convert(pickles[0])}"
+        )
+    raise CheckpointError(f"no such file: {single}")
+
+
+def _wrong_tensors(expected: dict[str, Tensor], found: dict[str, tuple[tuple[int, ...], str]]) -> list[str]:
+    """What is missing, extra, misshapen or of the wrong kind, as lines for an error."""
+    problems = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in found]
+    problems += [f"extra {name} {shape}" for name, (shape, _) in found.items() if name not in expected]
+    for name, (shape, kind) in found.items():
+        if name in expected and shape != tuple(expected[name].shape):
+            problems.append(f"{name} is {shape}, needs {tuple(expected[name].shape)}")
+        elif name in expected and kind not in _FLOATS:
+            problems.append(f"{name} holds {kind}, needs one of {', '.join(_FLOATS)}")
+    return problems
+
+
+def read_tensors(
+    files: list[Path], expected: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Reads exactly the expected tensors, cast on the way.
+
+    Args:
+        files: the shards.
+        expected: names and shapes, for example a state dict on the meta device.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, extra, misshapen or not floating point. Only the
+            stale integer `position_ids` of old transformers files are dropped.
+    """
+    handles = [open_safetensors(path, device) for path in files]
+    found, places = {}, {}
+    for handle in handles:
+        for name in handle.keys():
+            piece = handle.get_slice(name)
+            if name.endswith(".position_ids") and piece.get_dtype() not in _FLOATS:
+                continue
+            found[name], places[name] = (tuple(piece.get_shape()), piece.get_dtype()), handle
+    problems = _wrong_tensors(expected, found)
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{files[0]} does not fit its config: {shown}")
+    return {name: places[name].get_tensor(name).to(dtype) for name in expected}
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises a CheckpointError that lists the parameters with NaN or infinite values."""
+    bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"non-finite weights in {', '.join(bad[:8])}" + (" and more" if len(bad) > 8 else "")
+        )
+
+
+class Pretrained:
+    """`from_pretrained` and `save_pretrained`; a subclass names its config class and weights file."""
+
+    config_class: type
+    weights_name = "diffusion_pytorch_model.safetensors"
+
+    @classmethod
+    def read_config(cls, folder: str | Path) -> Any:
+        """The config of a folder in the published layout, without its weights."""
+        path = Path(folder) / "config.json"
+        if not path.exists():
+            raise CheckpointError(
+                f"{folder} is not a checkpoint folder of {cls.__name__}: no config.json in it"
+            )
+        return read_config(cls.config_class, read_json(path), str(path))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        finite: bool = False,
+    ) -> Model:
+        """Reads a network in the published layout, in eval mode.
+
+        Args:
+            folder: holds `config.json` and the safetensors weights.
+            dtype: of the weights in memory.
+            finite: also check that no weight is NaN or infinite (reads every byte).
+
+        Raises:
+            CheckpointError: the folder is not such a checkpoint, or its tensors do not fit its config.
+        """
+        config = cls.read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        files = weight_files(Path(folder), cls.weights_name)
+        model.load_state_dict(
+            read_tensors(files, model.state_dict(), device, dtype), strict=True, assign=True
+        )
+        if finite:
+            check_finite(model)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the published layout, which diffusers and transformers load; never half a file."""
+        write_safetensors(self.state_dict(), Path(folder) / self.weights_name)
+        write_json(self.config.published(), Path(folder) / "config.json")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype

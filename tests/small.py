@@ -1,0 +1,105 @@
+"""Small models made by diffusers and transformers, every tensor random, and ours with the same weights.
+
+No norm group has a single channel, sizes differ along every axis, and attention has several heads.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from kandinsky.config import read_config
+from tests.helpers import randomize, write_tiny_tokenizer
+
+EMBEDDING_DIM = 32
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": True, "steps_offset": 1}
+
+
+def reference_unet(in_channels: int = 4, hint: bool = False, seed: int = 0, **sizes) -> UNet2DConditionModel:
+    settings = {"block_out_channels": (32, 48, 64), "layers_per_block": 2, "attention_head_dim": 8}
+    settings |= {"cross_attention_dim": 24, "norm_num_groups": 8, "sample_size": 8, **sizes}
+    attended = len(settings["block_out_channels"]) - 1
+    model = UNet2DConditionModel(
+        in_channels=in_channels,
+        out_channels=8,
+        down_block_types=["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * attended,
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=["SimpleCrossAttnUpBlock2D"] * attended + ["ResnetUpsampleBlock2D"],
+        encoder_hid_dim=EMBEDDING_DIM,
+        encoder_hid_dim_type="image_proj",
+        addition_embed_type="image_hint" if hint else "image",
+        resnet_time_scale_shift="scale_shift",
+        **settings,
+    )
+    return randomize(model, seed)
+
+
+def reference_prior(seed: int = 0) -> PriorTransformer:
+    sizes = {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3}
+    return randomize(PriorTransformer(**sizes, embedding_dim=EMBEDDING_DIM), seed)
+
+
+def reference_movq(levels: int = 3, seed: int = 0) -> VQModel:
+    model = VQModel(
+        block_out_channels=(64, 64, 96, 128)[:levels],
+        down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
+        up_block_types=["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * (levels - 1),
+        layers_per_block=1,
+        latent_channels=4,
+        vq_embed_dim=4,
+        num_vq_embeddings=20,
+        norm_num_groups=16,
+        norm_type="spatial",
+    )
+    return randomize(model, seed)
+
+
+def reference_text_encoder(seed: int = 0, **changes) -> CLIPTextModelWithProjection:
+    sizes = {"hidden_size": EMBEDDING_DIM, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": 3, "projection_dim": EMBEDDING_DIM, "vocab_size": 519}
+    settings = {"hidden_act": "gelu", "eos_token_id": 2, "bos_token_id": 0, **sizes, **changes}
+    return randomize(CLIPTextModelWithProjection(CLIPTextConfig(**settings)), seed)
+
+
+def reference_image_encoder(seed: int = 0, **changes) -> CLIPVisionModelWithProjection:
+    sizes = {"hidden_size": 40, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+    sizes |= {"projection_dim": EMBEDDING_DIM, "image_size": 24, "patch_size": 8}
+    config = CLIPVisionConfig(**{"hidden_act": "gelu", **sizes, **changes})
+    return randomize(CLIPVisionModelWithProjection(config), seed)
+
+
+def ours(network: type, reference: torch.nn.Module) -> torch.nn.Module:
+    """Our network with the reference's config and weights; every name and shape must fit."""
+    holder = reference if hasattr(reference, "to_json_string") else reference.config
+    model = network(read_config(network.config_class, json.loads(holder.to_json_string())))
+    model.load_state_dict(reference.state_dict(), strict=True)
+    return model.eval()
+
+
+def write_checkpoints(
+    folder: Path, seed: int = 0, in_channels: int = 4, hint: bool = False, **scheduler
+) -> Path:
+    """A prior and a decoder repository as diffusers saves them; returns the decoder's folder.
+
+    Three levels in both networks, so f = 4 and pictures are made at multiples of 16.
+    """
+    prior, decoder = folder / "kandinsky-2-2-prior", folder / "kandinsky-2-2-decoder"
+    reference_prior(seed).save_pretrained(prior / "prior")
+    reference_text_encoder(seed).save_pretrained(prior / "text_encoder")
+    reference_image_encoder(seed).save_pretrained(prior / "image_encoder")
+    write_tiny_tokenizer(prior / "tokenizer")
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24).save_pretrained(prior / "image_processor")
+    unclip = {"prediction_type": "sample", "variance_type": "fixed_small_log", "clip_sample_range": 10.0}
+    UnCLIPScheduler(**unclip).save_pretrained(prior / "scheduler")
+    reference_unet(in_channels, hint, seed).save_pretrained(decoder / "unet")
+    reference_movq(3, seed).save_pretrained(decoder / "movq")
+    DDPMScheduler(**{**SCHEDULER, **scheduler}).save_pretrained(decoder / "scheduler")
+    return decoder

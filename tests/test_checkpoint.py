@@ -1,0 +1,335 @@
+"""The published layout: what is read, what is refused and how it is said, what is written."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from kandinsky.checkpoint import CheckpointError, atomic_file, open_safetensors, read_json
+from kandinsky.config import (
+    HINT_UNET,
+    INPAINT_UNET,
+    CLIPImageConfig,
+    CLIPTextConfig,
+    MoVQConfig,
+    PriorConfig,
+    UNetConfig,
+    read_config,
+)
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from kandinsky.movq import MoVQ
+from kandinsky.prior import Prior
+from kandinsky.unet import UNet
+from tests.helpers import SHARED, randn, randomize, relative_l2
+from tests.small import ours, reference_movq, reference_prior, reference_unet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+NETWORKS = {
+    "unet": (UNet, reference_unet, UNet2DConditionModel),
+    "prior": (Prior, reference_prior, PriorTransformer),
+    "movq": (MoVQ, reference_movq, VQModel),
+}
+OFFICIAL = {
+    "kandinsky-2-2-decoder__unet": (UNet, UNetConfig()),
+    "kandinsky-2-2-decoder-inpaint__unet": (UNet, INPAINT_UNET),
+    "kandinsky-2-2-controlnet-depth__unet": (UNet, HINT_UNET),
+    "kandinsky-2-2-decoder__movq": (MoVQ, MoVQConfig()),
+    "kandinsky-2-2-prior__prior": (Prior, PriorConfig()),
+    "kandinsky-2-2-prior__text_encoder": (CLIPTextEncoder, CLIPTextConfig()),
+    "kandinsky-2-2-prior__image_encoder": (CLIPImageEncoder, CLIPImageConfig()),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small U-Net as diffusers saves it."""
+    reference_unet().save_pretrained(tmp_path / "unet")
+    return tmp_path / "unet"
+
+
+def edit_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {name: t.clone() for name, t in tensors.items()}
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def refusal(folder: Path, network: type = UNet, **kwargs) -> str:
+    with pytest.raises(CheckpointError) as error:
+        network.from_pretrained(folder, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_diffusers_saves_loads_here_and_the_reverse(name, tmp_path):
+    network, make_reference, reference_class = NETWORKS[name]
+    reference = make_reference()
+    reference.save_pretrained(tmp_path / "theirs")
+    model = network.from_pretrained(tmp_path / "theirs")
+    assert not model.training
+    model.save_pretrained(tmp_path / "ours")
+    back = reference_class.from_pretrained(tmp_path / "ours")
+    assert back.state_dict().keys() == reference.state_dict().keys()
+    assert all(torch.equal(back.state_dict()[k], v) for k, v in reference.state_dict().items())
+    theirs, again = (json.loads(m.to_json_string()) for m in (reference, back))
+    assert all(again[name] == value for name, value in theirs.items() if name[0] != "_")
+
+
+@torch.no_grad()
+def test_sharded_files_load_like_a_single_one(tmp_path):
+    reference = reference_unet()
+    reference.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = UNet.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in reference.state_dict().items())
+
+
+def test_weights_are_cast_on_the_way(folder):
+    assert {p.dtype for p in UNet.from_pretrained(folder, dtype=torch.bfloat16).parameters()} == {
+        torch.bfloat16
+    }
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_names_shapes_and_file_sizes_are_the_official_ones(name):
+    path = SHARED / "checkpoints" / "keys" / f"{name}.keys.txt"
+    if not path.exists():
+        pytest.skip("needs the project's documents")
+    network, config = OFFICIAL[name]
+    with torch.device("meta"):
+        tensors = network(config).state_dict()
+    lines = path.read_text().splitlines()
+    rows = [line.split("\t") for line in lines if not line.startswith("#")]
+    stale = {row[0]: row for row in rows if row[2] == "I64"}
+    official = {row[0]: row[1] for row in rows if row[0] not in stale}
+    assert {k: str(list(v.shape)) for k, v in tensors.items()} == official
+    assert set(stale) <= {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
+
+    # a safetensors file: 8 bytes, a JSON header padded to 8 bytes, the tensors by element size, then name
+    dtype, size = ("F16", 2) if "image_encoder" in name else ("F32", 4)
+    entries, offset = {"__metadata__": {"format": "pt"}}, 0
+    for key, row in sorted(stale.items()):
+        shape = json.loads(row[1])
+        entries[key] = {"dtype": "I64", "shape": shape, "data_offsets": [offset, offset + 8 * shape[-1]]}
+        offset += 8 * shape[-1]
+    for key in sorted(tensors):
+        end = offset + size * tensors[key].numel()
+        entries[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [offset, end]}
+        offset = end
+    header = len(json.dumps(entries, separators=(",", ":")))
+    predicted = 8 + -(-header // 8) * 8 + offset
+    (sizes,) = [line for line in lines if "official size(s)" in line]
+    assert f"official size(s)=[{predicted}]" in sizes
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_configs_are_our_defaults_and_are_written_back_in_meaning(name):
+    repository, part = name.split("__")
+    path = SHARED / "checkpoints" / "official_small_files" / repository / part / "config.json"
+    if not path.exists():
+        pytest.skip("needs the project's documents")
+    network, config = OFFICIAL[name]
+    published = json.loads(path.read_text())
+    assert read_config(network.config_class, published) == config
+    written = config.published()
+    assert {k: v for k, v in written.items() if k != "architectures" and published[k] != v} == {}
+    left_out = {k for k in published if k not in written and not k.startswith("_")}
+    assert left_out <= network.config_class.IGNORED | {k for k in left_out if published[k] in (None, False)}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"_class_name": "VQModel"}, "_class_name is 'VQModel'; 'UNet2DConditionModel' is needed here"),
+        ({"norm_eps": 1e-6}, "norm_eps is 1e-06; this implementation models only 1e-05"),
+        (
+            {"upcast_attention": True},
+            "upcast_attention is True; this implementation models only null or false",
+        ),
+        ({"a_new_field": 3}, "a_new_field is 3; this implementation models only null or false"),
+        ({"addition_embed_type": "text"}, "addition_embed_type is 'text'; this network knows 'image'"),
+        ({"layers_per_block": [1, 2, 2]}, r"layers_per_block is [1, 2, 2]; a positive integer is needed"),
+        (
+            {"block_out_channels": [32, 0]},
+            "block_out_channels is [32, 0]; a list of positive integers is needed",
+        ),
+        ({"block_out_channels": [32, 48]}, "down_block_types is "),
+        ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type is 'UNetMidBlock2D'"),
+        ({"head_dim": 5}, "head_dim is 5"),
+    ],
+)
+def test_a_config_that_is_not_ours_is_refused_by_field_and_value(folder, changes, message):
+    edit_config(folder, **changes)
+    assert message in refusal(folder)
+
+
+def test_fields_that_change_nothing_are_accepted(folder):
+    edit_config(folder, _anything=1, addition_embed_type_num_heads=8, a_new_field=None, another=False)
+    UNet.from_pretrained(folder)
+
+
+def test_a_config_without_a_needed_field_is_refused(folder):
+    path = folder / "config.json"
+    for field in ("in_channels", "resnet_time_scale_shift"):
+        config = json.loads(path.read_text())
+        del config[field]
+        path.write_text(json.dumps(config))
+        assert refusal(folder) == f"{path} lacks {field}"
+        reference_unet().save_pretrained(folder)
+
+
+@given(
+    st.sampled_from(sorted(UNetConfig().published())), st.sampled_from([-1, 0, 1.5, "", "x", [], {}, [None]])
+)
+@settings(max_examples=60, deadline=None)
+def test_no_odd_config_value_escapes_a_checkpoint_error(field, value):
+    published = {**UNetConfig().published(), field: value}
+    try:
+        config = read_config(UNetConfig, published)
+    except CheckpointError as error:
+        assert field in str(error)
+    else:  # accepted: it means the same
+        assert config == UNetConfig()
+
+
+def test_missing_extra_misshapen_and_integer_tensors_are_listed(folder):
+    def edit(tensors):
+        del tensors["conv_in.bias"]
+        tensors["conv_extra.bias"] = torch.zeros(3)
+        tensors["conv_out.weight"] = torch.zeros(8, 32, 1, 1)
+        tensors["conv_out.bias"] = torch.zeros(8, dtype=torch.int64)
+
+    edit_weights(folder, edit)
+    message = refusal(folder)
+    for part in (
+        "missing conv_in.bias (32,)",
+        "extra conv_extra.bias (3,)",
+        "conv_out.weight is (8, 32, 1, 1), needs (8, 32, 3, 3)",
+        "conv_out.bias holds I64, needs one of F64, F32, F16, BF16",
+    ):
+        assert part in message
+
+
+def test_many_wrong_tensors_make_one_line_with_a_count(folder):
+    edit_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)[:100]])
+    assert "and 92 more" in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_a_truncated_file_is_refused(folder, keep):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:keep])
+    assert f"{folder / WEIGHTS} is not a whole safetensors file" in refusal(folder)
+
+
+def test_garbage_and_pickles_are_refused(folder):
+    (folder / WEIGHTS).write_bytes(b"<html>not found</html>" * 100)
+    assert "is not a whole safetensors file" in refusal(folder)
+    torch.save({"a": torch.zeros(2)}, folder / WEIGHTS)
+    assert "is a pickle, which is never loaded here" in refusal(folder)
+    (folder / WEIGHTS).write_bytes(pickle.dumps({"a": 1}))
+    assert "is a pickle, which is never loaded here" in refusal(folder)
+
+
+def test_a_folder_with_only_a_pickle_says_how_to_convert_it(folder):
+    (folder / WEIGHTS).unlink()
+    torch.save({}, folder / "diffusion_pytorch_model.bin")
+    message = refusal(folder)
+    assert "only the pickle diffusion_pytorch_model.bin" in message and "--convert" in message
+
+
+def test_missing_files_and_folders_are_named(folder, tmp_path):
+    (folder / WEIGHTS).unlink()
+    assert refusal(folder) == f"no such file: {folder / WEIGHTS}"
+    assert "is not a checkpoint folder of UNet: no config.json in it" in refusal(tmp_path / "nowhere")
+    (folder / "config.json").write_text("{not json")
+    assert "is not JSON" in refusal(folder)
+    (folder / "config.json").write_text("[1]")
+    assert "holds a JSON list; an object is needed" in refusal(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00")
+    assert "is not JSON" in refusal(folder)
+
+
+def test_an_index_cannot_point_outside_its_folder(folder):
+    shutil.move(folder / WEIGHTS, folder.parent / "elsewhere.safetensors")
+    index = folder / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../elsewhere.safetensors"}}))
+    assert "points outside its folder: ../elsewhere.safetensors" in refusal(folder)
+    for broken in ({}, {"weight_map": {}}, {"weight_map": {"a": 3}}, {"weight_map": [1]}):
+        index.write_text(json.dumps(broken))
+        assert "has no weight_map" in refusal(folder)
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "gone.safetensors"}}))
+    assert refusal(folder) == f"no such file: {folder / 'gone.safetensors'}"
+
+
+def test_non_finite_weights_are_found_on_request_only(folder):
+    edit_weights(folder, lambda tensors: tensors["conv_in.bias"].fill_(float("nan")))
+    UNet.from_pretrained(folder)
+    assert refusal(folder, finite=True) == "non-finite weights in conv_in.bias"
+
+
+def test_stale_integer_position_ids_are_dropped_and_float_ones_are_not(folder):
+    edit_weights(folder, lambda t: t.update({"embeddings.position_ids": torch.arange(3)}))
+    UNet.from_pretrained(folder)
+    edit_weights(folder, lambda t: t.update({"embeddings.position_ids": torch.zeros(3)}))
+    assert "extra embeddings.position_ids" in refusal(folder)
+
+
+def test_saving_over_the_file_in_use_leaves_the_model_whole(folder):
+    model = UNet.from_pretrained(folder)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.save_pretrained(folder)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    again = UNet.from_pretrained(folder).state_dict()
+    assert all(torch.equal(t, before[name]) for name, t in again.items())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_changing_a_loaded_model_does_not_change_the_file(folder):
+    model = UNet.from_pretrained(folder)
+    with torch.no_grad():
+        model.conv_in.bias.add_(1)
+    assert not torch.equal(UNet.from_pretrained(folder).conv_in.bias, model.conv_in.bias)
+
+
+def test_readers_name_missing_files(tmp_path):
+    for read in (read_json, open_safetensors):
+        with pytest.raises(CheckpointError, match="no such file"):
+            read(tmp_path / "gone")
+
+
+@torch.no_grad()
+def test_a_model_built_by_hand_can_be_saved_and_read(tmp_path):
+    config = UNetConfig(block_out_channels=(32, 64), layers_per_block=1, embedding_dim=8, context_dim=16)
+    model = randomize(UNet(config))
+    model.save_pretrained(tmp_path)
+    arguments = randn(1, 4, 4, 4), torch.tensor([5]), randn(1, 8)
+    read = UNet.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(read.state_dict().values(), model.state_dict().values()))
+    assert relative_l2(read(*arguments), model(*arguments)) <= 1e-5  # kernels depend on memory alignment
+
+
+def test_small_models_fit_their_configs():
+    assert ours(UNet, reference_unet()).config.head_dim == 8
