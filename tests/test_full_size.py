@@ -1,0 +1,76 @@
+"""The released sizes, every tensor random: ours against diffusers and transformers, sharing their weights."""
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
+
+from kandinsky.config import HINT_UNET, INPAINT_UNET, MoVQConfig, PriorConfig, UNetConfig
+from kandinsky.movq import MoVQ
+from kandinsky.prior import Prior
+from kandinsky.unet import UNet
+from tests.helpers import randn, randomize, relative_l2
+
+pytestmark = pytest.mark.full_size
+
+
+def both(network: type, reference_class: type, config):
+    """Our network and the reference's, at the same weights in the same memory."""
+    with torch.device("meta"):
+        model = network(config)
+    randomize(model.to_empty(device="cpu"))
+    with init_empty_weights():  # leaves the reference's buffers real
+        reference = reference_class.from_config(config.published())
+    reference.load_state_dict(model.state_dict(), assign=True)
+    return model, reference.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config, size",
+    [(UNetConfig(), 64), (INPAINT_UNET, 32), (HINT_UNET, 32)],
+    ids=["text2img-512", "inpaint-256", "hint-256"],
+)
+def test_unet_matches_diffusers(config, size):
+    unet, reference = both(UNet, UNet2DConditionModel, config)
+    channels = 4 if config.hint else config.in_channels
+    x, image_embeds, t = randn(1, channels, size, size), randn(1, 1280, seed=1), torch.tensor([681])
+    hint = randn(1, 3, 8 * size, 8 * size, seed=2) if config.hint else None
+    for scale in (1.0, 0.01) if size == 64 else (1.0,):
+        added = {"image_embeds": image_embeds * scale} | ({"hint": hint} if config.hint else {})
+        theirs = reference(x * scale, t, encoder_hidden_states=None, added_cond_kwargs=added).sample
+        ours = unet(x * scale, t, image_embeds * scale, hint)
+        plan = unet.prepare(image_embeds * scale, [981, 681], hint)
+        error, prepared_error = relative_l2(ours, theirs), relative_l2(unet.step(x * scale, plan, 1), ours)
+        name = f"unet {config.in_channels} channels, {8 * size} px, inputs × {scale}"
+        print(f"{name}: {error:.1e}, prepared {prepared_error:.1e}")
+        assert error <= 1e-5 and prepared_error <= 1e-5
+
+
+@torch.no_grad()
+def test_prior_matches_diffusers():
+    prior, reference = both(Prior, PriorTransformer, PriorConfig())
+    mask = torch.arange(77)[None] < torch.tensor([[77], [9]])
+    x, text_embeds, text_states = randn(2, 1280), randn(2, 1280, seed=1), randn(2, 77, 1280, seed=2)
+    t = torch.tensor([957, 42])
+    for scale in (1.0, 0.01):
+        inputs = (text_embeds * scale, text_states * scale, mask)
+        theirs = reference(x * scale, t, *inputs).predicted_image_embedding
+        ours = prior(x * scale, t, *inputs)
+        cached = prior.step(x * scale, t, prior.prefill(*inputs))
+        error, cached_error = relative_l2(ours, theirs), relative_l2(cached, ours)
+        print(f"prior, inputs × {scale}: {error:.1e}, cached {cached_error:.1e}")
+        assert error <= 1e-5 and cached_error <= 1e-5
+
+
+@torch.no_grad()
+def test_movq_matches_diffusers():
+    movq, reference = both(MoVQ, VQModel, MoVQConfig())
+    for scale in (1.0, 0.01):
+        pixels, latents = randn(1, 3, 512, 512) * scale, randn(1, 4, 64, 64, seed=1) * scale
+        encode_error = relative_l2(movq.encode(pixels), reference.encode(pixels).latents)
+        theirs = reference.decode(latents, force_not_quantize=True).sample
+        decode_error = relative_l2(movq.decode(latents), theirs)
+        print(f"movq 512 px, inputs × {scale}: encode {encode_error:.1e}, decode {decode_error:.1e}")
+        assert encode_error <= 1e-5
+        assert decode_error <= 3e-5  # diffusers' float32 lies 4e-6 to 1e-5 from its float64 here (DESIGN §5)
