@@ -1,0 +1,359 @@
+"""DDPM, DDIM and UnCLIP: the constants of a diffusion process and one stateless step each.
+
+A scheduler turns a network's prediction at timestep t into the sample at t_prev. It holds no state of the
+loop and draws no noise. Tables are float32 by the published expressions and stay on the CPU: a lookup is a
+scalar there, so a step never waits for a GPU. A t_prev below zero is the clean sample.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kandinsky.checkpoint import CheckpointError, read_json
+
+Timesteps = list[tuple[int, int]]  # (t, t_prev), most noise first
+
+
+def linear_betas(num_train_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    return torch.linspace(beta_start, beta_end, num_train_steps)
+
+
+def cosine_betas(num_train_steps: int) -> Tensor:
+    """arXiv:2102.09672, eq. 17, each beta at most 0.999."""
+
+    def level(i: int) -> float:
+        return math.cos((i / num_train_steps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return torch.tensor([min(1 - level(i + 1) / level(i), 0.999) for i in range(num_train_steps)])
+
+
+class Scheduler:
+    """What the three share: the table of signal levels, clipping, and noising."""
+
+    def __init__(self, betas: Tensor):
+        self.betas = betas
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+
+    @property
+    def num_train_steps(self) -> int:
+        return len(self.betas)
+
+    def alpha_bar(self, t: int) -> Tensor:
+        """The signal's share of the variance at t; 1 for the clean sample."""
+        return self.alphas_cumprod[t] if t >= 0 else torch.tensor(1.0)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: int) -> Tensor:
+        """The sample at t of a clean one (arXiv:2006.11239, eq. 4). x0, noise: (b, …) -> (b, …)"""
+        alpha_bar = self.alphas_cumprod[t]
+        return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
+
+    def _check_num_steps(self, num_steps: int) -> None:
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int):
+            given = f"{num_steps!r} of type {type(num_steps).__name__}"
+            raise TypeError(f"the number of inference steps is {given}; an int is needed")
+        if not 1 <= num_steps <= self.num_train_steps:
+            raise ValueError(
+                f"the number of inference steps is {num_steps}; allowed is 1 to {self.num_train_steps}"
+            )
+
+    def _leading(self, num_steps: int, offset: int) -> tuple[int, list[int]]:
+        """Stride and evenly spaced timesteps, counted from the clean end and kept inside the table."""
+        self._check_num_steps(num_steps)
+        stride = self.num_train_steps // num_steps
+        return stride, [
+            min(stride * i + offset, self.num_train_steps - 1) for i in reversed(range(num_steps))
+        ]
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Scales a sample back until `ratio` of its values lie in [-1, 1] (arXiv:2205.11487 §2.3)"""
+    s = torch.quantile(x0.flatten(1).abs(), ratio, dim=1).clamp(1, max_value)
+    s = s.reshape(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-s, s) / s
+
+
+class DDPMScheduler(Scheduler):
+    """Ancestral sampling (arXiv:2006.11239) with predicted noise. Defaults: the 2.2 decoder's file.
+
+    variance_type: "fixed_small" adds the posterior's variance; "learned_range" interpolates with the second
+    half of the network's channels (arXiv:2102.09672, eq. 15).
+    """
+
+    # field of the file: (constructor argument, what diffusers takes when the file lacks it)
+    FIELDS = {
+        "num_train_timesteps": ("num_train_steps", 1000),
+        "beta_start": ("beta_start", 0.0001),
+        "beta_end": ("beta_end", 0.02),
+        "clip_sample": ("clip_sample", True),
+        "clip_sample_range": ("clip_sample_range", 1.0),
+        "thresholding": ("thresholding", False),
+        "dynamic_thresholding_ratio": ("dynamic_thresholding_ratio", 0.995),
+        "sample_max_value": ("sample_max_value", 1.0),
+        "variance_type": ("variance_type", "fixed_small"),
+        "steps_offset": ("steps_offset", 0),
+    }
+    FIXED = {"beta_schedule": "linear", "prediction_type": "epsilon", "timestep_spacing": "leading"}
+    IGNORED = ("set_alpha_to_one",)  # the official 2.2 files carry it; DDPM has no use for it
+
+    def __init__(
+        self,
+        num_train_steps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        clip_sample: bool = True,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        variance_type: str = "fixed_small",
+        steps_offset: int = 1,
+    ):
+        if variance_type not in ("fixed_small", "learned_range"):
+            raise ValueError(
+                f"variance_type is {variance_type!r}; allowed are 'fixed_small', 'learned_range'"
+            )
+        super().__init__(linear_betas(num_train_steps, beta_start, beta_end))
+        self.beta_start, self.beta_end = beta_start, beta_end
+        self.clip_sample, self.clip_sample_range = clip_sample, clip_sample_range
+        self.thresholding, self.dynamic_thresholding_ratio = thresholding, dynamic_thresholding_ratio
+        self.sample_max_value, self.variance_type = sample_max_value, variance_type
+        self.steps_offset = steps_offset
+
+    @property
+    def predicts_variance(self) -> bool:
+        return self.variance_type == "learned_range"
+
+    def timesteps(self, num_steps: int) -> Timesteps:
+        """Evenly spaced; where the offset leaves the table (1000 steps), t = 1000 is clamped to 999."""
+        _, ts = self._leading(num_steps, self.steps_offset)
+        return list(zip(ts, [*ts[1:], -1]))
+
+    def draws_noise(self, t: int, t_prev: int) -> bool:
+        return t > 0  # also in the last step, at a standard deviation of 1e-10
+
+    def step(
+        self,
+        eps: Tensor,
+        x: Tensor,
+        t: int,
+        t_prev: int,
+        noise: Tensor | None = None,
+        variance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step (arXiv:2006.11239, eq. 7).
+
+        Args:
+            eps, x: (b, c, h, w) predicted noise, and the sample at t.
+            noise: like x; needed where `draws_noise`.
+            variance: like eps, in [-1, 1], the network's second half; used by learned_range.
+
+        Returns:
+            the sample at t_prev, and the clean sample as predicted.
+        """
+        alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
+        alpha = alpha_bar / alpha_bar_prev
+        x0 = predict_clean(eps, x, alpha_bar)
+        if self.thresholding:
+            x0 = dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+        elif self.clip_sample:
+            x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        mean = posterior_mean(x0, x, alpha, 1 - alpha, alpha_bar, alpha_bar_prev)
+        if not self.draws_noise(t, t_prev):
+            return mean, x0
+        smallest = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)).clamp(min=1e-20)
+        if self.predicts_variance:
+            share = (variance + 1) / 2
+            return mean + (0.5 * (share * (1 - alpha).log() + (1 - share) * smallest.log())).exp() * noise, x0
+        return mean + smallest**0.5 * noise, x0
+
+
+class DDIMScheduler(Scheduler):
+    """Deterministic DDIM (arXiv:2010.02502, eq. 12 with sigma = 0). Defaults: the 2.1 decoder's file."""
+
+    FIELDS = {
+        "num_train_timesteps": ("num_train_steps", 1000),
+        "beta_start": ("beta_start", 0.0001),
+        "beta_end": ("beta_end", 0.02),
+        "clip_sample": ("clip_sample", True),
+        "clip_sample_range": ("clip_sample_range", 1.0),
+        "thresholding": ("thresholding", False),
+        "dynamic_thresholding_ratio": ("dynamic_thresholding_ratio", 0.995),
+        "sample_max_value": ("sample_max_value", 1.0),
+        "set_alpha_to_one": ("set_alpha_to_one", True),
+        "steps_offset": ("steps_offset", 0),
+    }
+    FIXED = {"beta_schedule": "linear", "prediction_type": "epsilon", "timestep_spacing": "leading"}
+    IGNORED = ()
+    predicts_variance = False
+
+    def __init__(
+        self,
+        num_train_steps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        set_alpha_to_one: bool = False,
+        steps_offset: int = 1,
+    ):
+        super().__init__(linear_betas(num_train_steps, beta_start, beta_end))
+        self.beta_start, self.beta_end = beta_start, beta_end
+        self.clip_sample, self.clip_sample_range = clip_sample, clip_sample_range
+        self.thresholding, self.dynamic_thresholding_ratio = thresholding, dynamic_thresholding_ratio
+        self.sample_max_value, self.steps_offset = sample_max_value, steps_offset
+        self.set_alpha_to_one = set_alpha_to_one
+
+    def alpha_bar(self, t: int) -> Tensor:
+        # the official file ends at the first training step instead of the clean sample
+        return super().alpha_bar(t if self.set_alpha_to_one else max(t, 0))
+
+    def timesteps(self, num_steps: int) -> Timesteps:
+        """Evenly spaced, each t_prev one stride below; t = 1000 is clamped to 999."""
+        stride, ts = self._leading(num_steps, self.steps_offset)
+        return [(t, stride * i + self.steps_offset - stride) for t, i in zip(ts, reversed(range(num_steps)))]
+
+    def draws_noise(self, t: int, t_prev: int) -> bool:
+        return False
+
+    def step(
+        self,
+        eps: Tensor,
+        x: Tensor,
+        t: int,
+        t_prev: int,
+        noise: Tensor | None = None,
+        variance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step; arguments and result as DDPM's, noise and variance unused."""
+        alpha_bar, alpha_bar_prev = self.alphas_cumprod[t], self.alpha_bar(t_prev)
+        x0 = predict_clean(eps, x, alpha_bar)
+        if self.thresholding:
+            x0 = dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+        elif self.clip_sample:
+            x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        return alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev) ** 0.5 * eps, x0
+
+
+class UnCLIPScheduler(Scheduler):
+    """The prior's process (arXiv:2204.06125): cosine schedule, the network predicts the clean sample."""
+
+    FIELDS = {
+        "num_train_timesteps": ("num_train_steps", 1000),
+        "clip_sample": ("clip_sample", True),
+        "clip_sample_range": ("clip_sample_range", 1.0),
+    }
+    FIXED = {
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "sample",
+        "variance_type": "fixed_small_log",
+    }
+    IGNORED = ()
+    predicts_variance = False
+
+    def __init__(
+        self, num_train_steps: int = 1000, clip_sample: bool = True, clip_sample_range: float = 10.0
+    ):
+        super().__init__(cosine_betas(num_train_steps))
+        self.clip_sample, self.clip_sample_range = clip_sample, clip_sample_range
+
+    def timesteps(self, num_steps: int) -> Timesteps:
+        """Evenly spaced from 999 to 0, both included; a single step goes from 999 to the clean sample."""
+        self._check_num_steps(num_steps)
+        last = self.num_train_steps - 1
+        stride = last / max(num_steps - 1, 1)
+        ts = [round(stride * i) for i in reversed(range(num_steps))] if num_steps > 1 else [last]
+        return list(zip(ts, [*ts[1:], -1]))
+
+    def draws_noise(self, t: int, t_prev: int) -> bool:
+        return t_prev >= 0
+
+    def step(
+        self, x0: Tensor, x: Tensor, t: int, t_prev: int, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step (arXiv:2006.11239, eq. 7).
+
+        Args:
+            x0, x: (b, d) predicted clean sample, and the sample at t.
+            noise: like x; needed where `draws_noise`.
+
+        Returns:
+            the sample at t_prev, and the clean sample as predicted, clipped.
+        """
+        alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
+        beta = self.betas[t] if t_prev == t - 1 else 1 - alpha_bar / alpha_bar_prev
+        if self.clip_sample:
+            x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        mean = posterior_mean(x0, x, 1 - beta, beta, alpha_bar, alpha_bar_prev)
+        if not self.draws_noise(t, t_prev):
+            return mean, x0
+        variance = ((1 - alpha_bar_prev) / (1 - alpha_bar) * beta).clamp(min=1e-20)
+        return mean + (0.5 * variance.log()).exp() * noise, x0
+
+
+def predict_clean(eps: Tensor, x: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The clean sample that a predicted noise stands for (arXiv:2006.11239, eq. 15)."""
+    return (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+
+
+def posterior_mean(
+    x0: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor
+) -> Tensor:
+    """The mean of the sample at t_prev given the clean one (arXiv:2006.11239, eq. 7)."""
+    of_x0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)
+    of_x = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    return of_x0 * x0 + of_x * x
+
+
+_CLASSES = {c.__name__: c for c in (DDPMScheduler, DDIMScheduler, UnCLIPScheduler)}
+
+
+def from_config(published: dict[str, Any], source: str = "scheduler_config.json") -> Scheduler:
+    """Builds the scheduler that a published file names.
+
+    A field the file lacks has diffusers' default, which is not always ours. Raises a CheckpointError for
+    another class, or a value that is not modelled here.
+    """
+    scheduler_class = _CLASSES.get(published.get("_class_name"))
+    if scheduler_class is None:
+        allowed = ", ".join(_CLASSES)
+        raise CheckpointError(
+            f"{source}: _class_name is {published.get('_class_name')!r}; allowed are {allowed}"
+        )
+    for name, value in published.items():
+        wanted = scheduler_class.FIXED.get(name)
+        known = name.startswith("_") or name in scheduler_class.FIELDS or name in scheduler_class.IGNORED
+        if known or value == wanted or (wanted is None and value is False):
+            continue
+        raise CheckpointError(f"{source}: {name} is {value!r}; modelled is only {wanted or 'null or false'}")
+    if scheduler_class is UnCLIPScheduler and "prediction_type" not in published:
+        raise CheckpointError(
+            f"{source} lacks prediction_type, which then means 'epsilon'; modelled is only sample"
+        )
+    values = {}
+    for name, (argument, default) in scheduler_class.FIELDS.items():
+        value = published.get(name, default)
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            raise CheckpointError(f"{source}: {name} is {value!r}; a {type(default).__name__} is needed")
+        values[argument] = value
+    try:
+        return scheduler_class(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+
+
+def to_config(scheduler: Scheduler) -> dict[str, Any]:
+    """The published file's fields for a scheduler; diffusers' class of that name loads them."""
+    names = {name: getattr(scheduler, argument) for name, (argument, _) in scheduler.FIELDS.items()}
+    return {"_class_name": type(scheduler).__name__, **names, **scheduler.FIXED}
+
+
+def load_scheduler(folder: str | Path) -> Scheduler:
+    """Reads `scheduler_config.json` in a folder; a missing or wrong file is a CheckpointError."""
+    path = Path(folder) / "scheduler_config.json"
+    return from_config(read_json(path), str(path))
