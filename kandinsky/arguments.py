@@ -1,0 +1,180 @@
+"""Where the user's input enters: every check is here, made once, before any weight is read where possible.
+
+Each function gives the value in the form that the rest of the package works with, or raises a ValueError or
+TypeError of one line: what was given, what is allowed, what to do.
+"""
+
+import functools
+import inspect
+import math
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What users of diffusers bring, and what it is called here.
+_DIFFUSERS_NAMES = {
+    "generator": "seed=, an int or one per image",
+    "image_embeds": "embeds=ImageEmbeds(image_embeds, negative_image_embeds)",
+    "negative_image_embeds": "embeds=ImageEmbeds(image_embeds, negative_image_embeds)",
+    "callback": "on_step=, called with a Step after each step",
+    "callback_steps": "on_step=, called with a Step after each step",
+    "callback_on_step_end": "on_step=, called with a Step after each step",
+    "callback_on_step_end_tensor_inputs": "on_step=, called with a Step after each step",
+    "prior_callback_on_step_end": "embed(on_step=), then embeds=",
+    "return_dict": "nothing: images are returned as a list or a tensor",
+    "torch_dtype": "dtype=",
+    "variant": "dtype=: the official files exist in one form only, and are cast when read",
+    "prior_latents": "embed(latents=), then embeds=",
+    "num_steps": "num_inference_steps=",
+    "steps": "num_inference_steps=",
+}
+
+_OUT_OF_MEMORY = (
+    "out of memory; in this order try: keep_loaded=False, dtype=torch.bfloat16, fewer images per call, "
+    "a smaller height and width, another device"
+)
+
+
+def public(method: Callable) -> Callable:
+    """For the pipeline's methods: foreign arguments and running out of memory get a message that helps."""
+    known = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in known:
+                ours = _DIFFUSERS_NAMES.get(name, f"one of {', '.join(known)}")
+                raise TypeError(f"{method.__name__}() has no argument {name!r}; use {ours}")
+        try:
+            return method(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" in str(error):  # the CPU's has no class of its own
+                raise MemoryError(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
+            raise
+
+    return checked
+
+
+def folder(path: Any, what: str) -> Path:
+    """An existing local folder; hub ids get a message about downloading."""
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{what} is {type(path).__name__}; a path to a folder is needed")
+    if Path(path).is_dir():
+        return Path(path)
+    text = str(path)
+    if text.count("/") == 1 and "kandinsky" in text:
+        raise ValueError(
+            f"{what}: {text!r} looks like a hub id and is no local folder; nothing is downloaded here: run "
+            "`python scripts/download_weights.py 2.2` and pass the folder it fills"
+        )
+    raise ValueError(f"{what}: no folder at {text!r}")
+
+
+def device(value: Any) -> torch.device:
+    """A device that can be used on this machine."""
+    try:
+        chosen = torch.device(value)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device {value!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return chosen
+
+
+def dtype(value: Any) -> torch.dtype:
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    if value not in allowed:
+        raise ValueError(f"dtype is {value!r}; allowed are {', '.join(map(str, allowed))}")
+    return value
+
+
+def prompts(value: Any, name: str = "prompt") -> list[str]:
+    """A string or a list of strings -> a list of at least one string."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
+        return list(value)
+    given = f"a {type(value).__name__}" if not isinstance(value, (list, tuple)) else f"{value!r}"
+    raise TypeError(f"{name} is {given}; a string or a list of strings is needed")
+
+
+def negative_prompts(value: Any, count: int) -> list[str] | None:
+    """None, or one negative prompt for each prompt; a single one goes with all."""
+    if value is None:
+        return None
+    listed = prompts(value, "negative_prompt")
+    if len(listed) not in (1, count):
+        raise ValueError(f"{len(listed)} negative prompts for {count} prompts; give one, or as many")
+    return listed * count if len(listed) == 1 else listed
+
+
+def whole(value: Any, name: str, low: int = 1, high: int | None = None) -> int:
+    """An int in low..high."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int is needed")
+    if value < low or (high is not None and value > high):
+        raise ValueError(
+            f"{name} is {value}; allowed is {low} {'and more' if high is None else f'to {high}'}"
+        )
+    return value
+
+
+def number(value: Any, name: str) -> float:
+    """A finite real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; a number is needed")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; a finite number is needed")
+    return float(value)
+
+
+def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+    return value
+
+
+def seeds(value: Any, count: int) -> list[int]:
+    """One seed per image: an int counts up from image to image, a list is taken as it is, None is drawn.
+
+    Drawn from the operating system, so that no global random state is touched.
+    """
+    if value is None:
+        value = secrets.randbelow(2**32)
+    if isinstance(value, (list, tuple)):
+        if len(value) != count:
+            raise ValueError(f"{len(value)} seeds for {count} images; give one int, or one seed per image")
+        return [whole(seed, "seed", 0, 2**63 - 1) for seed in value]
+    first = whole(value, "seed", 0, 2**63 - count)
+    return [first + i for i in range(count)]
+
+
+def noise(value: Any, shapes: tuple[tuple[int, ...], ...], name: str = "latents") -> Tensor | None:
+    """Own noise of one of the shapes, as float32 in memory of its own; None stays None."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; a tensor of {' or '.join(map(str, shapes))} is needed"
+        )
+    if tuple(value.shape) not in shapes:
+        raise ValueError(f"{name} is {tuple(value.shape)}; needs {' or '.join(map(str, shapes))}")
+    if not value.is_floating_point() or not value.isfinite().all():
+        raise ValueError(f"{name} must be floating point and finite")
+    return value.detach().to(torch.float32, copy=True)
+
+
+def embeddings(value: Any, dim: int, name: str) -> Tensor:
+    """(b, d) CLIP embeddings of a checkpoint whose width is dim."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; a tensor of (b, {dim}) is needed")
+    if value.ndim != 2 or value.shape[1] != dim or not len(value):
+        raise ValueError(f"{name} is {tuple(value.shape)}; this checkpoint needs (b, {dim})")
+    if not value.is_floating_point() or not value.isfinite().all():
+        raise ValueError(f"{name} must be floating point and finite")
+    return value.detach().float()

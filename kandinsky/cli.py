@@ -1,0 +1,114 @@
+"""What the scripts share: one-line errors, the flags that mean the same everywhere, and where weights lie."""
+
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+DTYPES = ("float32", "bfloat16", "float16")
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
+
+
+class OneLineParser(ArgumentParser):
+    """An ArgumentParser whose help shows defaults and whose errors are one line with exit code 2."""
+
+    def __init__(self, description: str | None = None):
+        super().__init__(description=description, formatter_class=_HelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(
+        self, action
+    ):  # no "(default: None)" behind flags whose help says what absence means
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
+    """For a script's `main(argv=None)`: errors a user can mend become one line on stderr and exit code 2."""
+
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except EXPECTED_ERRORS as error:
+            line = " ".join(str(error).split()) or type(error).__name__
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+
+    run.__doc__ = main.__doc__
+    return run
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--weights", help="2.2, or a decoder folder; default: the embedded checkpoint")
+    parser.add_argument(
+        "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps …")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--low-memory", action="store_true", help="free each network after use")
+
+
+def add_sampling_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
+    parser.add_argument("--seed", type=int, help="image i uses seed + i; drawn and printed when absent")
+    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--steps", type=int, default=50, help="decoder steps")
+    parser.add_argument("--prior-steps", type=int, default=25, help="prior steps")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="decoder guidance; 1 turns it off")
+    parser.add_argument(
+        "--prior-guidance-scale", type=float, default=4.0, help="prior guidance; 1 turns it off"
+    )
+
+
+def add_size_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--height", type=int, help="pixels; default: the checkpoint's own")
+    parser.add_argument("--width", type=int, help="pixels; default: the checkpoint's own")
+
+
+def add_output_flags(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("out.png"), help="picture to write: .png, .jpg or .webp"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing file; else a free name is used"
+    )
+
+
+def decoder_folder(weights: str | None, official: str, embedded: str) -> Path:
+    """The decoder folder that --weights means.
+
+    Args:
+        weights: None, "2.2", or a folder.
+        official, embedded: names of the official and the embedded repository for the script's task.
+
+    Raises:
+        ValueError: it is not there; the message says how to get it.
+    """
+    if weights not in (None, "2.2"):
+        return Path(weights)
+    folder = WEIGHTS / (embedded if weights is None else official)
+    if folder.is_dir():
+        return folder
+    get = "`python scripts/download_weights.py 2.2`, then pass --weights 2.2; or pass --weights FOLDER"
+    raise ValueError(f"no checkpoint at {folder}; get the official one with {get}")
+
+
+def free_name(path: Path, overwrite: bool = False) -> Path:
+    """`path`, or with a number before the suffix where it exists and must not be overwritten."""
+    number, candidate = 1, path
+    while candidate.exists() and not overwrite:
+        number, candidate = number + 1, path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """`count` names made of one: the name itself, or with -0, -1 … before the suffix."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]

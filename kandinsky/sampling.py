@@ -1,0 +1,128 @@
+"""The sampling loops, as generators that yield every step.
+
+A loop is model call, guidance, scheduler step and nothing else; whoever runs it shows progress, previews or
+records, and stops it by taking no more steps. The rows that guidance needs come first in the batch:
+`[unconditional, x]`.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kandinsky.checkpoint import CheckpointError, open_safetensors, write_safetensors
+from kandinsky.prior import Prior, PriorCache
+from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, UnCLIPScheduler
+from kandinsky.unet import UNet
+
+
+class Step(NamedTuple):
+    """What a loop yields after each step."""
+
+    index: int  # from 0
+    num_steps: int
+    t: int  # the timestep this step started from
+    x: Tensor  # the sample after the step
+    x0: Tensor  # the clean sample as predicted in this step
+
+
+class ImageEmbeds(NamedTuple):
+    """What the decoder draws: CLIP image embeddings (b, d), and what guidance leads away from.
+
+    `negative_image_embeds` None stands for the embedding of the zero image.
+    """
+
+    image_embeds: Tensor
+    negative_image_embeds: Tensor | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, atomically."""
+        write_safetensors({name: t for name, t in self._asdict().items() if t is not None}, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ImageEmbeds":
+        """Reads what `save` wrote; any other file is a CheckpointError."""
+        file = open_safetensors(Path(path))
+        if not {"image_embeds"} <= set(file.keys()) <= set(cls._fields):
+            raise CheckpointError(f"{path} holds {', '.join(file.keys()) or 'nothing'}, not image embeddings")
+        return cls(**{name: file.get_tensor(name).clone() for name in file.keys()})
+
+
+class Noise:
+    """One CPU generator per image: the same noise on every device, alone or in a batch."""
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device = device
+
+    def draw(self, *shape: int) -> Tensor:
+        """The next noise of every image, drawn in one call each -> (images, *shape) float32"""
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def guide(out: Tensor, num_uncond: int, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598, eq. 6, where the scale is w + 1).
+
+    out: (num_uncond + b, …): unconditional rows for the first num_uncond of the b rows behind them. Rows that
+        have none are left as they are. -> (b, …)
+    """
+    uncond, cond = out[:num_uncond], out[num_uncond:]
+    return torch.cat([uncond + guidance_scale * (cond[:num_uncond] - uncond), cond[num_uncond:]])
+
+
+@torch.no_grad()
+def sample_prior(
+    prior: Prior,
+    scheduler: UnCLIPScheduler,
+    cache: PriorCache,
+    x: Tensor,
+    draw: Callable[[], Tensor],
+    timesteps: list[tuple[int, int]],
+    guidance_scale: float,
+) -> Iterator[Step]:
+    """From noise to normalised image embeddings.
+
+    Args:
+        cache: of b rows, or of num_uncond + b when the first num_uncond rows of x are guided.
+        x: (b, d) noise.
+        draw: gives the next noise, (b, d).
+        timesteps: (t, t_prev) pairs from the scheduler.
+    """
+    num_uncond = len(cache.mask) - len(x)
+    for index, (t, t_prev) in enumerate(timesteps):
+        t_batch = torch.full((num_uncond + len(x),), t, device=x.device)
+        out = prior.step(torch.cat([x[:num_uncond], x]), t_batch, cache)
+        x0 = guide(out, num_uncond, guidance_scale)
+        noise = draw() if scheduler.draws_noise(t, t_prev) else None
+        x, x0 = scheduler.step(x0, x, t, t_prev, noise)
+        yield Step(index, len(timesteps), t, x, x0)
+
+
+@torch.no_grad()
+def sample_latents(
+    unet: UNet,
+    scheduler: DDPMScheduler | DDIMScheduler,
+    image_embeds: Tensor,
+    x: Tensor,
+    draw: Callable[[], Tensor],
+    timesteps: list[tuple[int, int]],
+    guidance_scale: float,
+) -> Iterator[Step]:
+    """From noise to latents.
+
+    Args:
+        image_embeds: (b, d), or (2b, d) with the unconditional half first.
+        x: (b, 4, h, w) noise.
+        draw: gives the next noise, (b, 4, h, w).
+        timesteps: (t, t_prev) pairs from the scheduler.
+    """
+    num_uncond = len(image_embeds) - len(x)
+    plan = unet.prepare(image_embeds, [t for t, _ in timesteps])
+    for index, (t, t_prev) in enumerate(timesteps):
+        eps, variance = unet.step(torch.cat([x[:num_uncond], x]), plan, index).chunk(2, dim=1)
+        eps = guide(eps, num_uncond, guidance_scale)
+        noise = draw() if scheduler.draws_noise(t, t_prev) else None
+        x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:])
+        yield Step(index, len(timesteps), t, x, x0)
