@@ -132,10 +132,10 @@ def _wrong_tensors(expected: dict[str, Tensor], found: dict[str, tuple[tuple[int
     return problems
 
 
-def read_tensors(
-    files: list[Path], expected: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Reads exactly the expected tensors, cast on the way.
+def find_tensors(
+    files: list[Path], expected: dict[str, Tensor], device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """The open file that holds each of the expected tensors; reads headers only.
 
     Args:
         files: the shards.
@@ -145,9 +145,8 @@ def read_tensors(
         CheckpointError: lists every tensor that is missing, extra, misshapen or not floating point. Only the
             stale integer `position_ids` of old transformers files are dropped.
     """
-    handles = [open_safetensors(path, device) for path in files]
     found, places = {}, {}
-    for handle in handles:
+    for handle in [open_safetensors(path, device) for path in files]:
         for name in handle.keys():
             piece = handle.get_slice(name)
             if name.endswith(".position_ids") and piece.get_dtype() not in _FLOATS:
@@ -157,7 +156,7 @@ def read_tensors(
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{files[0]} does not fit its config: {shown}")
-    return {name: places[name].get_tensor(name).to(dtype) for name in expected}
+    return places
 
 
 def check_finite(model: nn.Module) -> None:
@@ -203,16 +202,26 @@ class Pretrained:
         Raises:
             CheckpointError: the folder is not such a checkpoint, or its tensors do not fit its config.
         """
-        config = cls.read_config(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        files = weight_files(Path(folder), cls.weights_name)
-        model.load_state_dict(
-            read_tensors(files, model.state_dict(), device, dtype), strict=True, assign=True
-        )
+        model, places = cls._find(folder, device)
+        # cast one by one: the file's and the wanted dtype are never both in memory as a whole
+        tensors = {name: places[name].get_tensor(name).to(dtype) for name in model.state_dict()}
+        model.load_state_dict(tensors, strict=True, assign=True)
         if finite:
             check_finite(model)
         return model.eval()
+
+    @classmethod
+    def check_pretrained(cls, folder: str | Path) -> None:
+        """Raises what `from_pretrained` would of files that do not fit; reads headers only."""
+        cls._find(folder)
+
+    @classmethod
+    def _find(cls: type[Model], folder: str | Path, device: str | torch.device = "cpu") -> tuple[Model, dict]:
+        """The network without memory, and where each of its tensors lies."""
+        config = cls.read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        return model, find_tensors(weight_files(Path(folder), cls.weights_name), model.state_dict(), device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the published layout, which diffusers and transformers load; never half a file."""

@@ -26,9 +26,12 @@ class CheckpointError(ValueError):
     """Files that are not the checkpoint they are read as: what was found, what is needed."""
 
 
-def _named(default: Any, name: str, values: dict | None = None) -> Any:
-    """A field that the published file calls `name`; `values` maps the file's values to ours."""
-    return field(default=default, metadata={"name": name, "values": values})
+def _named(default: Any, name: str, values: dict | None = None, optional: bool = False) -> Any:
+    """A field that the published file calls `name`.
+
+    values: maps the file's values to ours. optional: absent or null in the file means the default.
+    """
+    return field(default=default, metadata={"name": name, "values": values, "optional": optional})
 
 
 def _published_name(f) -> str:
@@ -79,31 +82,31 @@ def read_config(config_class: type, published: dict[str, Any], source: str = "co
     key, name = config_class.IDENTITY
     if published.get(key) != name:
         raise CheckpointError(f"{source}: {key} is {published.get(key)!r}; {name!r} is needed here")
+    optional = {_published_name(f): f.default for f in fields(config_class) if f.metadata.get("optional")}
+    published = published | {n: default for n, default in optional.items() if published.get(n) is None}
     missing = [_published_name(f) for f in fields(config_class) if _published_name(f) not in published]
     if missing:
         raise CheckpointError(f"{source} lacks {', '.join(missing)}")
-    config = config_class(
-        **{f.name: _parse(f, published[_published_name(f)], source) for f in fields(config_class)}
-    )
+    values = {f.name: _parse(f, published[_published_name(f)], source) for f in fields(config_class)}
+    config = config_class(**values)
+    _check_fixed_fields(config, published, source)
+    return config
 
-    ours = config.published()
+
+def _check_fixed_fields(config: Any, published: dict[str, Any], source: str) -> None:
+    """Refuses a file that says, or by saying nothing means, what the network does not model."""
+    config_class, ours = type(config), config.published()
     needed = {name for name, value in ours.items() if value not in (None, False)} - config_class.IGNORED
     if not needed <= published.keys():
         raise CheckpointError(f"{source} lacks {', '.join(sorted(needed - published.keys()))}")
     later = config_class.LATER_FIELDS
     for name, value in published.items():
         allowed = ours.get(name, later.get(name))
-        unset = value is None or value is False
-        if (
-            name.startswith("_")
-            or name in config_class.IGNORED
-            or value == allowed
-            or (unset and not allowed)
-        ):
+        ignored = name.startswith("_") or name in config_class.IGNORED
+        if ignored or value == allowed or ((value is None or value is False) and not allowed):
             continue
         wanted = "null or false" if allowed in (None, False) else repr(allowed)
         raise CheckpointError(f"{source}: {name} is {value!r}; this implementation models only {wanted}")
-    return config
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class UNetConfig:
     embedding_dim: int = _named(1280, "encoder_hid_dim")  # width of the CLIP image embedding
     norm_num_groups: int = 32
     hint: bool = _named(False, "addition_embed_type", {"image": False, "image_hint": True})
-    sample_size: int = 64  # latent height and width that the checkpoint was made for
+    sample_size: int = _named(64, "sample_size", optional=True)  # latent height and width it was made for
 
     @property
     def latent_channels(self) -> int:

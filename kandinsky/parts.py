@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError, open_safetensors
+from kandinsky.config import PriorConfig
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, PromptTokenizer
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
@@ -31,14 +32,18 @@ class Part:
         if parts is None:
             return self
         if self.name not in parts._loaded:
-            folder = parts.decoder_folder if self.repository == "decoder" else parts.need_prior()
             where = {"dtype": parts.dtype, "device": parts.device}
-            parts._loaded[self.name] = self.network.from_pretrained(folder / self.name, **where)
+            parts._loaded[self.name] = self.network.from_pretrained(self.folder(parts), **where)
         return parts._loaded[self.name]
 
     def __set__(self, parts: "Parts", network: Any) -> None:
         parts._loaded[self.name] = network
         parts._replaced.add(self.name)
+        if self.name == "image_encoder":
+            parts._constants.pop("zero_image_embeds", None)
+
+    def folder(self, parts: "Parts") -> Path:
+        return (parts.decoder_folder if self.repository == "decoder" else parts.need_prior()) / self.name
 
 
 class Parts:
@@ -123,6 +128,12 @@ class Parts:
         self._constants["prior_scheduler"] = scheduler
 
     @property
+    def prior_config(self) -> PriorConfig:
+        """Known before any weight is read."""
+        replaced = self._loaded["prior"] if "prior" in self._replaced else None
+        return replaced.config if replaced else Prior.read_config(self.need_prior() / "prior")
+
+    @property
     def zero_image_embeds(self) -> Tensor:
         """(1, d) float32: the zero image's embedding, from the prior's folder or the image tower."""
         return self._once("zero_image_embeds", self._read_zero_image_embeds).to(self.device)
@@ -135,6 +146,13 @@ class Parts:
         finally:
             if not self.keep_loaded and name not in self._replaced:
                 self._loaded.pop(name, None)
+
+    def check_files(self, *names: str) -> None:
+        """Raises a CheckpointError now for a network that could not be read later; reads headers only."""
+        for name in names:
+            if name not in self._loaded:
+                part = vars(Parts)[name]
+                part.network.check_pretrained(part.folder(self))
 
     def need_prior(self) -> Path:
         """The prior's folder, or an error that says how to give one."""
@@ -150,8 +168,9 @@ class Parts:
         return self._constants[name]
 
     def _read_zero_image_embeds(self) -> Tensor:
-        path = self.need_prior() / "zero_image_embeds.safetensors"
-        if not path.exists():
+        replaced = "image_encoder" in self._replaced  # then the stored constant is another tower's
+        path = None if replaced else self.need_prior() / "zero_image_embeds.safetensors"
+        if path is None or not path.exists():
             with self.using("image_encoder") as image_encoder:
                 return zero_image_embeds(image_encoder)
         file = open_safetensors(path)

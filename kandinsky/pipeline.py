@@ -17,7 +17,6 @@ from torch import Tensor
 from kandinsky import arguments, images
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.parts import Parts
-from kandinsky.prior import Prior
 from kandinsky.sampling import ImageEmbeds, Noise, Step, sample_latents, sample_prior
 
 OnStep = Callable[[Step], Any]  # returning False stops the run
@@ -58,6 +57,7 @@ class Kandinsky(Parts):
         negatives = arguments.negative_prompts(negative_prompt, len(texts))
         images_per_prompt = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         self.seeds = arguments.seeds(seed, len(texts) * images_per_prompt)
+        self.check_files("text_encoder", "prior")
         settings = (images_per_prompt, num_inference_steps, guidance_scale)
         noise = Noise(self.seeds, self.device)
         return self._embed(texts, negatives, *settings, noise, latents, on_step, progress)
@@ -107,6 +107,8 @@ class Kandinsky(Parts):
         count, shape = count * images_per_prompt, self._latent_shape(height, width)
         latents = arguments.noise(latents, ((count, *shape),))
         self.seeds = arguments.seeds(seed, count)
+        needed = ["text_encoder", "prior"] if texts else []
+        self.check_files(*needed, "unet", *(["movq"] if output_type != "latent" else []))
         noise = Noise(self.seeds, self.device)
 
         if texts is not None:
@@ -135,7 +137,7 @@ class Kandinsky(Parts):
         """The prior's run. With negative prompts the rows of x are all images, then all their negatives."""
         timesteps = self.prior_scheduler.timesteps(num_steps)
         guidance_scale = arguments.number(guidance_scale, "the prior's guidance scale")
-        dim = Prior.read_config(self.need_prior() / "prior").embedding_dim
+        dim = self.prior_config.embedding_dim
         count, copies = len(texts) * images_per_prompt, 1 if negatives is None else 2
         latents = arguments.noise(latents, ((count, dim), (2 * count, dim))[:copies])
 
@@ -232,8 +234,10 @@ class Kandinsky(Parts):
         if embeds is None:
             if prompt is None:
                 raise ValueError("give a prompt, or embeds=ImageEmbeds(…) made by embed()")
-            texts = arguments.prompts(prompt)
-            self.need_prior()
+            texts, dim = arguments.prompts(prompt), self.prior_config.embedding_dim
+            if dim != self.unet_config.embedding_dim:
+                needed = f"{self.decoder_folder} needs {self.unet_config.embedding_dim}"
+                raise CheckpointError(f"the prior makes embeddings of width {dim}; {needed}")
             return texts, len(texts)
         if prompt is not None or negative_prompt is not None:
             raise ValueError("give either prompts or embeds: the prompts are in the embeds already")

@@ -182,6 +182,16 @@ def test_fields_that_change_nothing_are_accepted(folder):
     UNet.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_unet_without_sample_size_was_made_for_64(folder, absent):
+    edit_config(folder, sample_size=None)
+    if absent:
+        config = json.loads((folder / "config.json").read_text())
+        del config["sample_size"]
+        (folder / "config.json").write_text(json.dumps(config))
+    assert UNet.from_pretrained(folder).config.sample_size == 64
+
+
 def test_a_config_without_a_needed_field_is_refused(folder):
     path = folder / "config.json"
     for field in ("in_channels", "resnet_time_scale_shift"):

@@ -25,7 +25,9 @@ from transformers import (
 )
 
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky
+from kandinsky.config import PriorConfig
 from kandinsky.parts import compute_zero_image_embeds
+from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, SCHEDULER, write_checkpoints
@@ -428,6 +430,22 @@ def test_parts_can_be_replaced_and_are_then_kept(decoder_folder):
     assert torch.equal(our_pictures(pipe, 1, prompt=PROMPT), changed)
 
 
+def test_replaced_networks_need_no_prior_folder(decoder_folder, tmp_path, pipe):
+    shutil.copytree(decoder_folder, tmp_path / "my-decoder")
+    alone = Kandinsky.from_pretrained(tmp_path / "my-decoder")
+    for name in ("text_encoder", "tokenizer", "prior", "prior_scheduler", "image_encoder"):
+        setattr(alone, name, getattr(pipe, name))
+    assert torch.equal(our_pictures(alone, 1, prompt=PROMPT), our_pictures(pipe, 1, prompt=PROMPT))
+
+
+def test_another_image_tower_has_another_zero_image(pipe):
+    before = pipe.zero_image_embeds
+    with torch.no_grad():
+        pipe.image_encoder.visual_projection.weight.mul_(2)
+    pipe.image_encoder = pipe.image_encoder
+    assert relative_l2(pipe.zero_image_embeds, 2 * before) <= 1e-6
+
+
 def test_to_moves_what_is_loaded_and_what_comes(pipe):
     assert pipe.unet.dtype == torch.float32
     assert pipe.to("cpu", torch.bfloat16) is pipe
@@ -565,6 +583,9 @@ def test_a_checkpoint_of_another_task_names_the_one_to_use(tmp_path, channels, h
 
 
 def test_a_prior_of_another_width_is_refused(tmp_path, pipe):
+    pipe.prior = Prior(PriorConfig(num_heads=2, head_dim=8, num_layers=1, embedding_dim=EMBEDDING_DIM + 8))
+    with pytest.raises(CheckpointError, match="the prior makes embeddings of width 40; .* needs 32"):
+        pipe.text2img(PROMPT)
     embeds = ImageEmbeds(torch.zeros(1, EMBEDDING_DIM + 8))
     with pytest.raises(ValueError, match=r"this checkpoint needs \(b, 32\)"):
         pipe.text2img(embeds=embeds)
