@@ -207,10 +207,14 @@ class PromptTokenizer:
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompts -> ids (b, n) and mask (b, n), True for real tokens; n is the longest prompt's length.
 
-        What does not fit into 77 tokens is cut, and a UserWarning shows it.
+        What does not fit into 77 tokens is cut, and a UserWarning shows it; another warns of prompts in other
+        scripts than Latin, which the tower does not understand.
         """
         whole = self.tokenizer(texts, return_offsets_mapping=True)
         for text, offsets in zip(texts, whole["offset_mapping"]):
+            letters = [character for character in text if character.isalpha()]
+            if sum(character > "\u024f" for character in letters) > len(letters) / 2:
+                warnings.warn(f"the model understands English only, not {text!r}", stacklevel=2)
             if len(offsets) > self.max_length:
                 dropped = text[offsets[self.max_length - 1][0] :]
                 warnings.warn(

@@ -4,8 +4,11 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import PriorTransformer, UNet2DConditionModel, VQModel
+from transformers import CLIPTextConfig as ReferenceTextConfig
+from transformers import CLIPTextModelWithProjection
 
 from kandinsky.config import HINT_UNET, INPAINT_UNET, MoVQConfig, PriorConfig, UNetConfig
+from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
@@ -45,6 +48,24 @@ def test_unet_matches_diffusers(config, size):
         name = f"unet {config.in_channels} channels, {8 * size} px, inputs × {scale}"
         print(f"{name}: {error:.1e}, prepared {prepared_error:.1e}")
         assert error <= 1e-5 and prepared_error <= 1e-5
+
+
+@torch.no_grad()
+def test_text_tower_matches_transformers():
+    with torch.device("meta"):
+        encoder = CLIPTextEncoder()
+    randomize(encoder.to_empty(device="cpu"))
+    with init_empty_weights():
+        reference = CLIPTextModelWithProjection(ReferenceTextConfig(**encoder.config.published()))
+    reference.load_state_dict(encoder.state_dict(), assign=True)
+    reference.eval()
+    ids = torch.randint(1000, 40000, (2, 77), generator=torch.Generator().manual_seed(0))
+    ids[:, 0], ids[0, 76:], ids[1, 8:] = 49406, 49407, 49407
+    theirs = reference(ids)
+    states, embeds = encoder(ids)
+    errors = relative_l2(states, theirs.last_hidden_state), relative_l2(embeds, theirs.text_embeds)
+    print(f"text tower: states {errors[0]:.1e}, embedding {errors[1]:.1e}")
+    assert max(errors) <= 1e-5
 
 
 @torch.no_grad()

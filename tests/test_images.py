@@ -1,0 +1,79 @@
+"""CLIP's preprocessing against transformers' PIL processor; the way out to PIL and files."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from kandinsky import images
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+@pytest.mark.parametrize("width, height", [(224, 224), (640, 480), (97, 301), (225, 224), (50, 33), (1, 7)])
+def test_clip_pixels_equal_transformers_pil_processor(width, height, mode):
+    processor = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224)
+    image = picture(width, height, mode)
+    theirs = processor(image, return_tensors="pt").pixel_values[0]
+    assert (images.clip_pixels(image) - theirs).abs().max() <= 1e-6
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_clip_pixels_have_the_towers_size_whatever_the_pictures(width, height, size):
+    pixels = images.clip_pixels(Image.new("RGB", (width, height), (255, 0, 0)), size)
+    assert pixels.shape == (3, size, size) and pixels.std(dim=(1, 2), correction=0).max() < 1e-5
+
+
+def test_levels_survive_the_way_out():
+    levels = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    out = images.to_pil(images.to_unit_range(levels / 127.5 - 1))
+    assert np.array_equal(np.array(out[0])[..., 0].ravel(), np.arange(256))
+    beyond = images.to_pil(
+        images.to_unit_range(torch.tensor([-5.0, 5.0]).reshape(1, 1, 1, 2).expand(1, 3, 1, 2))
+    )
+    assert np.array(beyond[0]).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_the_middle_is_kept():
+    x = torch.arange(7 * 6).reshape(7, 6)
+    assert torch.equal(images.crop_to(x, 4, 3), x[1:5, 1:4])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp"])
+def test_the_suffix_names_the_format(tmp_path, suffix):
+    path = tmp_path / f"new folder/pïcture{suffix}"
+    images.save_image(picture(8, 5), path)
+    with Image.open(path) as read:
+        assert read.size == (8, 5) and read.format == images.SUFFIXES[suffix.lower()]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_an_existing_file_is_kept_unless_overwriting(tmp_path):
+    path = tmp_path / "out.png"
+    images.save_image(picture(8, 5), path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="exists; choose another name or allow overwriting"):
+        images.save_image(picture(8, 5, seed=1), path)
+    assert path.read_bytes() == before
+    images.save_image(picture(8, 5, seed=1), path, overwrite=True)
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", ["out", "out.bmp", "out.png.gz"])
+def test_other_suffixes_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="use .png, .jpg, .jpeg, .webp"):
+        images.save_image(picture(2, 2), tmp_path / name)
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(OSError):
+        images.save_image(picture(2, 2, "RGBA"), tmp_path / "out.jpg")  # JPEG has no alpha
+    assert not list(tmp_path.iterdir())
