@@ -1,6 +1,7 @@
 """What the scripts share: one-line errors, the flags that mean the same everywhere, and where weights lie."""
 
 import sys
+import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,10 +34,11 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Se
 
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return main(argv)
         except EXPECTED_ERRORS as error:
-            line = " ".join(str(error).split()) or type(error).__name__
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            _say(" ".join(str(error).split()) or type(error).__name__)
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
@@ -44,6 +46,14 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Se
 
     run.__doc__ = main.__doc__
     return run
+
+
+def _say(line: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _say(f"warning: {' '.join(str(message).split())}")
 
 
 def add_model_flags(parser: ArgumentParser) -> None:

@@ -1,0 +1,161 @@
+"""The scripts as a user starts them, and what importing the package brings along."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kandinsky import Kandinsky, cli
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+QUICK = ["--steps", "2", "--prior-steps", "2", "--height", "16", "--width", "24", "--seed", "7"]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *argv: str) -> int:
+    """The script's exit code, called in process."""
+    try:
+        return load(name).main([str(a) for a in argv])
+    except SystemExit as exit:  # argparse
+        return exit.code
+
+
+def test_a_prompt_goes_in_and_a_picture_comes_out(decoder_folder, tmp_path, capsys):
+    out = tmp_path / "cat.png"
+    assert run("text2img", "a red cat", "--weights", decoder_folder, "--out", out, *QUICK) == 0
+    assert capsys.readouterr().out == f"{out} (seed 7)\n"
+    pipe = Kandinsky.from_pretrained(decoder_folder)
+    sizes = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "height": 16, "width": 24}
+    expected = pipe.text2img("a red cat", seed=7, **sizes)[0]
+    with Image.open(out) as picture:
+        assert np.array_equal(np.array(picture), np.array(expected))
+
+
+def test_the_whole_command_in_a_process_of_its_own(decoder_folder, tmp_path):
+    out = tmp_path / "a folder with spaces" / "кот.webp"
+    command = [sys.executable, SCRIPTS / "text2img.py", "cat", "--weights", decoder_folder, "--out", out]
+    done = subprocess.run([*command, *QUICK, "--dtype", "bfloat16", "--low-memory"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert out.exists()
+
+
+def test_nothing_is_overwritten_unless_asked(decoder_folder, tmp_path):
+    out = tmp_path / "cat.png"
+    given = ["cat", "--weights", decoder_folder, "--out", out, *QUICK]
+    assert run("text2img", *given, "--num-images", "2") == 0
+    assert run("text2img", *given) == run("text2img", *given) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["cat-0.png", "cat-1.png", "cat-2.png", "cat.png"]  # -2: cat.png was there
+    first = out.read_bytes()
+    assert run("text2img", *given[:-1], "8", "--overwrite") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == names and out.read_bytes() != first
+
+
+def test_a_drawn_seed_is_printed_and_repeats_the_picture(decoder_folder, tmp_path, capsys):
+    given = ["cat", "--weights", decoder_folder, *QUICK[:-2]]
+    assert run("text2img", *given, "--out", tmp_path / "a.png") == 0
+    seed = re.search(r"\(seed (\d+)\)", capsys.readouterr().out)[1]
+    assert run("text2img", *given, "--out", tmp_path / "b.png", "--seed", seed) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "the following arguments are required: prompt; see --help"),
+        (["cat", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
+        (["cat", "--colour", "red"], "unrecognized arguments: --colour red; see --help"),
+        (["cat", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["cat", "--out", "picture.gif"], "picture.gif: cannot write .gif; use .png, .jpg, .jpeg, .webp"),
+        (["cat", "--weights", "nowhere"], "decoder: no folder at 'nowhere'"),
+        (["cat", "--weights", "2.2"], "python scripts/download_weights.py 2.2"),
+        (["cat", "--weights", "DECODER", "--prior", "nowhere"], "prior: no folder at 'nowhere'"),
+        (["cat", "--weights", "DECODER", "--steps", "0"], "the number of inference steps is 0"),
+        (["cat", "--weights", "DECODER", "--height", "-3"], "height is -3; allowed is 1 and more"),
+        (["cat", "--weights", "DECODER", "--seed", "-1"], "seed is -1"),
+        (["cat", "--weights", "DECODER", "--guidance-scale", "nan"], "guidance_scale is nan"),
+        (["cat", "--weights", "DECODER", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+    ],
+)
+def test_errors_are_one_line_with_exit_code_2(decoder_folder, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "WEIGHTS", tmp_path / "weights")
+    argv = [decoder_folder if a == "DECODER" else a for a in argv]
+    assert run("text2img", *argv) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_without_any_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "WEIGHTS", tmp_path)
+    assert run("text2img", "cat") == 2
+    assert "get the official one with `python scripts/download_weights.py 2.2`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "missing", "config"])
+def test_a_damaged_checkpoint_is_one_line_and_no_picture(decoder_folder, tmp_path, capsys, damage):
+    shutil.copytree(decoder_folder.parent, tmp_path / "checkpoints")
+    decoder = tmp_path / "checkpoints" / decoder_folder.name
+    weights = decoder / "unet" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "pickle":
+        torch.save({}, weights)
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (decoder / "unet" / "config.json").write_text("{")
+    assert run("text2img", "cat", "--weights", decoder, "--out", tmp_path / "out.png", *QUICK) == 2
+    err = capsys.readouterr().err  # before any step: no progress bar stands before it
+    assert err.count("\n") == 1
+    expected = {
+        "truncated": "is not a whole safetensors file",
+        "pickle": "is a pickle, which is never loaded",
+    }
+    assert {"missing": "no such file", "config": "is not JSON", **expected}[damage] in err
+    assert "unet" in err and not (tmp_path / "out.png").exists()
+
+
+def test_a_cut_prompt_is_warned_of_in_one_line(decoder_folder, tmp_path, capsys):
+    given = ["--weights", decoder_folder, "--out", tmp_path / "out.png", *QUICK]
+    assert run("text2img", "cat " * 80, *given) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and "this part was dropped" in lines[0]
+
+
+def test_help_explains_every_flag(capsys):
+    assert run("text2img", "--help") == 0
+    flags = """--negative-prompt --seed --num-images --steps --prior-steps --guidance-scale --height --width
+        --prior-guidance-scale --out --overwrite --device --dtype --weights --prior""".split()
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {flag}( |$)", shown, re.MULTILINE) for flag in flags)
+    assert "decoder steps (default: 50)" in shown
+
+
+def test_importing_the_package_brings_neither_transformers_nor_diffusers():
+    code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers", "diffusers", "tokenizers", "huggingface_hub"} & set(done.stdout.split())
+
+
+def test_using_the_pipeline_never_imports_diffusers(decoder_folder):
+    code = (
+        "import sys; from kandinsky import Kandinsky; p = Kandinsky.from_pretrained(sys.argv[1]);"
+        "p.text2img('cat', num_inference_steps=1, prior_num_inference_steps=1, height=8, width=8);"
+        "print('diffusers' in sys.modules, 'transformers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(decoder_folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False True\n"
