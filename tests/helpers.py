@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-SHARED = (
-    Path(__file__).resolve().parents[2] / "shared"
-)  # project documents; tests that read them skip without
+# the project's documents, beside the checkout; tests that read them skip without
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -28,6 +27,13 @@ def relative_l2(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
     ours, theirs = ours.double(), theirs.double()
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def norms(model: nn.Module) -> dict[str, tuple[float, int]]:
+    """eps and number of groups of every norm, by name: at ordinary activations an eps shows in no output."""
+    kinds = (nn.GroupNorm, nn.LayerNorm)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: (module.eps, getattr(module, "num_groups", 1)) for name, module in found.items()}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

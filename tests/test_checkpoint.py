@@ -27,8 +27,15 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
-from tests.helpers import SHARED, randn, randomize, relative_l2
-from tests.small import ours, reference_movq, reference_prior, reference_unet
+from tests.helpers import SHARED, norms, randn, randomize, relative_l2
+from tests.small import (
+    ours,
+    reference_image_encoder,
+    reference_movq,
+    reference_prior,
+    reference_text_encoder,
+    reference_unet,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORKS = {
@@ -87,6 +94,19 @@ def test_what_diffusers_saves_loads_here_and_the_reverse(name, tmp_path):
     assert all(torch.equal(back.state_dict()[k], v) for k, v in reference.state_dict().items())
     theirs, again = (json.loads(m.to_json_string()) for m in (reference, back))
     assert all(again[name] == value for name, value in theirs.items() if name[0] != "_")
+
+
+@pytest.mark.parametrize(
+    "network, make_reference",
+    [
+        *((network, make_reference) for network, make_reference, _ in NETWORKS.values()),
+        (CLIPTextEncoder, reference_text_encoder),
+        (CLIPImageEncoder, reference_image_encoder),
+    ],
+)
+def test_every_norm_has_the_references_eps_and_groups(network, make_reference):
+    reference = make_reference()
+    assert norms(ours(network, reference)) == norms(reference) != {}
 
 
 @torch.no_grad()
