@@ -103,12 +103,14 @@ def test_every_combination_works(
 def test_a_batch_equals_the_single_runs(shared_pipes, task):
     """diffusers' inpainting pastes the first picture's kept area into every row."""
     settings = {"prompt": [PROMPT, OTHER], "negative_prompt": [NEGATIVE, ""], "seed": [7, 99]}
+    random_state = torch.get_rng_state()
     together = call(shared_pipes, task, **inputs(task, None), **settings)
     for i in range(2):
         single = {name: values[i] for name, values in settings.items()}
         alone = call(shared_pipes, task, **inputs(task, i), **single)
         assert relative_l2(together[i : i + 1], alone) <= 1e-5
     assert relative_l2(together[1], together[0]) > 1e-2
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 @pytest.mark.parametrize("task", TASKS[1:5])
@@ -286,6 +288,21 @@ def test_odd_sizes_are_padded_by_their_edge_and_come_back_in_place(pipe):
     assert relative_l2(out, wanted) <= 1e-6
     assert torch.equal(x[:, 0, 3:44], x[:, 1, 3:44]) and not torch.equal(x[:, 1, 3:44], x[:, 2, 3:44])
     assert all(torch.equal(x[:, :, i], x[:, :, 3]) for i in range(3))
+
+
+def test_odd_sizes_equal_the_padded_picture_cropped(inpainter, hinted):
+    """Pictures and hints are padded by their edge, masks with black."""
+    image, mask, hint = picture(21, 13), np.ones((13, 21)), picture(21, 13, "L", seed=1)
+    whole = images.to_pil(images.pad_to(images.picture(image), 16, 32)[None])[0]
+    black = images.pad_to(masks.mask(mask)[None], 16, 32, "constant")[0]
+    settings = {"seed": 1, "output_type": "latent", **QUICK}
+    odd = inpainter.inpaint(PROMPT, image=image, mask_image=mask, **settings)
+    padded = inpainter.inpaint(PROMPT, image=whole, mask_image=black, **settings)
+    assert torch.equal(odd, padded) and black[1, 5] == 1 and not black[0].any() and not black[:, 4].any()
+    big_hint = images.pad_to(images.resize(images.picture(hint), 26, 42), 32, 64)
+    odd = hinted.text2img(PROMPT, hint=hint, height=13, width=21, **settings)
+    padded = hinted.text2img(PROMPT, hint=big_hint, height=16, width=32, **settings)
+    assert torch.equal(odd, padded)
 
 
 @pytest.mark.parametrize("strength, steps", [(0.0, 5), (0.19, 5), (0.5, 1)])

@@ -193,6 +193,18 @@ def test_embed_from_equals_diffusers(pipe, prior_parts, strength, negative_promp
             assert relative_l2(ours.negative_image_embeds, theirs.negative_image_embeds) <= 1e-5
 
 
+def test_embed_from_of_several_images_equals_single_runs(pipe, prior_parts):
+    reference = quiet(KandinskyV22PriorEmb2EmbPipeline(**prior_parts))
+    image, settings = (
+        picture(37, 24),
+        {"strength": 0.6, "negative_prompt": NEGATIVE, "num_inference_steps": 5},
+    )
+    theirs = [reference(PROMPT, image, generator=generator(40 + i), **settings) for i in range(3)]
+    ours = pipe.embed_from(image, PROMPT, num_images_per_prompt=3, seed=40, **settings)
+    for half, name in enumerate(ImageEmbeds._fields):
+        assert relative_l2(ours[half], torch.cat([getattr(out, name) for out in theirs])) <= 1e-5
+
+
 @pytest.mark.parametrize("negative_prompt", ["", NEGATIVE])
 @pytest.mark.parametrize("negative_prior_prompt", [None, "an", ""])
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
