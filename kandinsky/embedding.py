@@ -305,7 +305,7 @@ class Embedding(Parts):
             checked += found
         if not math.isclose(sum(weights), 1, abs_tol=1e-6):
             warnings.warn(
-                f"the weights sum to {sum(weights):.6g}, not to 1; they are used as given", stacklevel=4
+                f"the weights sum to {sum(weights):.6g}, not to 1; they are used as given", stacklevel=5
             )
         return checked, weights
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from kandinsky import ImageEmbeds, Kandinsky, cli, images, metadata
+from kandinsky import ImageEmbeds, Kandinsky, cli, drawing, images, metadata
 from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import half_mask
@@ -199,6 +199,14 @@ def test_every_flag_that_changes_a_picture_is_in_its_settings():
         }
         flags = {action.dest for action in load(script).make_parser()._actions} - unchanging
         assert {named.get(flag, flag) for flag in flags} <= known, script
+
+
+def test_a_call_is_repeated_on_as_many_threads():
+    before = torch.get_num_threads()
+    with drawing._threads({"threads": before + 1}):
+        assert torch.get_num_threads() == before + 1
+    with drawing._threads(None):
+        assert torch.get_num_threads() == before
 
 
 def test_a_checkpoints_hash_tells_weights_apart(decoder_folder, inpaint_folder, tmp_path):
