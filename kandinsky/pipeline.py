@@ -21,6 +21,7 @@ from kandinsky.sampling import ImageEmbeds, Noise, Step, sample_latents, sample_
 
 OnStep = Callable[[Step], Any]  # returning False stops the run
 OUTPUT_TYPES = ("pil", "pt", "latent")
+LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 
 
 class Kandinsky(Parts):
@@ -57,9 +58,11 @@ class Kandinsky(Parts):
         negatives = arguments.negative_prompts(negative_prompt, len(texts))
         images_per_prompt = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         self.seeds = arguments.seeds(seed, len(texts) * images_per_prompt)
+        timesteps = self._timesteps(self.prior_scheduler, num_inference_steps, "num_inference_steps")
+        guidance_scale = arguments.number(guidance_scale, "guidance_scale")
         self.check_files("text_encoder", "prior")
-        settings = (images_per_prompt, num_inference_steps, guidance_scale)
         noise = Noise(self.seeds, self.device)
+        settings = (images_per_prompt, timesteps, guidance_scale)
         return self._embed(texts, negatives, *settings, noise, latents, on_step, progress)
 
     @arguments.public
@@ -88,7 +91,7 @@ class Kandinsky(Parts):
         Args:
             prompt, embeds: one of the two; `embeds` takes the place of the prior's work.
             latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f².
-            height, width: pixels; None: the checkpoint's own.
+            height, width: pixels, up to 65,536; None: the checkpoint's own.
             output_type: "pil": a list; "pt": float32 (b, 3, h, w) in [0, 1]; "latent": uncropped latents.
             on_step: called with each of the decoder's Steps; returning False ends the call with None.
             Others as in `embed`, with `prior_` before those that are the prior's.
@@ -101,19 +104,23 @@ class Kandinsky(Parts):
         images_per_prompt = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         arguments.choice(output_type, "output_type", OUTPUT_TYPES)
         height, width = self._size(height, width)
-        timesteps = self.scheduler.timesteps(num_inference_steps)
+        timesteps = self._timesteps(self.scheduler, num_inference_steps, "num_inference_steps")
         guidance_scale = arguments.number(guidance_scale, "guidance_scale")
+        prior_guidance_scale = arguments.number(prior_guidance_scale, "prior_guidance_scale")
         texts, count = self._prompts_or_embeds(prompt, embeds, negative_prompt)
         count, shape = count * images_per_prompt, self._latent_shape(height, width)
         latents = arguments.noise(latents, ((count, *shape),))
         self.seeds = arguments.seeds(seed, count)
         needed = ["text_encoder", "prior"] if texts else []
         self.check_files(*needed, "unet", *(["movq"] if output_type != "latent" else []))
+        if guidance_scale > 1 and (negative_prompt if texts else embeds.negative_image_embeds) is None:
+            self.check_zero_image()
         noise = Noise(self.seeds, self.device)
 
         if texts is not None:
             negatives = arguments.negative_prompts(negative_prompt, len(texts))
-            settings = (images_per_prompt, prior_num_inference_steps, prior_guidance_scale)
+            steps = (self.prior_scheduler, prior_num_inference_steps, "prior_num_inference_steps")
+            settings = (images_per_prompt, self._timesteps(*steps), prior_guidance_scale)
             embeds, images_per_prompt = self._embed(texts, negatives, *settings, noise, progress=progress), 1
         image_embeds = self._guided_embeds(embeds, images_per_prompt, guidance_scale)
         x = noise.draw(*shape) if latents is None else latents.to(self.device)
@@ -127,7 +134,7 @@ class Kandinsky(Parts):
         texts: list[str],
         negatives: list[str] | None,
         images_per_prompt: int,
-        num_steps: int,
+        timesteps: list[tuple[int, int]],
         guidance_scale: float,
         noise: Noise,
         latents: Tensor | None = None,
@@ -135,8 +142,6 @@ class Kandinsky(Parts):
         progress: bool = False,
     ) -> ImageEmbeds | None:
         """The prior's run. With negative prompts the rows of x are all images, then all their negatives."""
-        timesteps = self.prior_scheduler.timesteps(num_steps)
-        guidance_scale = arguments.number(guidance_scale, "the prior's guidance scale")
         dim = self.prior_config.embedding_dim
         count, copies = len(texts) * images_per_prompt, 1 if negatives is None else 2
         latents = arguments.noise(latents, ((count, dim), (2 * count, dim))[:copies])
@@ -204,13 +209,12 @@ class Kandinsky(Parts):
         self, loop: Iterator[Step], num_steps: int, on_step: OnStep | None, progress: bool, name: str
     ) -> Tensor | None:
         """Takes the loop's steps; the last sample, or None where on_step returned False."""
-        if progress:
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            loop = tqdm(loop, name, num_steps)
-        for step in loop:
-            if on_step is not None and on_step(step) is False:
-                return None
+        with tqdm(loop, name, num_steps, disable=not progress) as bar:
+            for step in bar:
+                if on_step is not None and on_step(step) is False:
+                    return None
         self._check_finite(step.x, f"the {name}'s result")
         return step.x
 
@@ -253,10 +257,14 @@ class Kandinsky(Parts):
                 raise ValueError(f"{negative_count} negative embeddings for {count}; give one, or as many")
         return None, count
 
+    @staticmethod
+    def _timesteps(scheduler: Any, num_steps: Any, name: str) -> list[tuple[int, int]]:
+        return scheduler.timesteps(arguments.whole(num_steps, name, 1, scheduler.num_train_steps))
+
     def _size(self, height: Any, width: Any) -> tuple[int, int]:
         own = self.unet_config.sample_size * self.movq_config.downscale
-        height = own if height is None else arguments.whole(height, "height")
-        width = own if width is None else arguments.whole(width, "width")
+        height = own if height is None else arguments.whole(height, "height", 1, LONGEST_SIDE)
+        width = own if width is None else arguments.whole(width, "width", 1, LONGEST_SIDE)
         return height, width
 
     def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
