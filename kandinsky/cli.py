@@ -23,9 +23,8 @@ class OneLineParser(ArgumentParser):
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    def _get_help_string(
-        self, action
-    ):  # no "(default: None)" behind flags whose help says what absence means
+    def _get_help_string(self, action):
+        # no "(default: None)" behind flags whose help says what absence means
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -102,6 +101,8 @@ def decoder_folder(weights: str | None, official: str, embedded: str) -> Path:
     Raises:
         ValueError: it is not there; the message says how to get it.
     """
+    if weights == "2.1":
+        raise ValueError("2.1 cannot be drawn yet; use 2.2, or a decoder folder")
     if weights not in (None, "2.2"):
         return Path(weights)
     folder = WEIGHTS / (embedded if weights is None else official)

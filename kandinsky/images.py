@@ -1,5 +1,6 @@
 """Between pictures and tensors: CLIP's preprocessing, the way out to PIL, and writing files."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,17 @@ def check_suffix(path: Path) -> str:
             f"{path}: cannot write {suffix or 'a file without suffix'}; use {', '.join(SUFFIXES)}"
         )
     return SUFFIXES[suffix]
+
+
+def check_writable(path: Path) -> None:
+    """Raises now what `save_image` would raise after the work is done."""
+    path = Path(path)
+    check_suffix(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the picture's name too")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"{path} cannot be written: {parent} is not a folder that can be written to")
 
 
 def save_image(image: Image.Image, path: Path, overwrite: bool = False) -> None:

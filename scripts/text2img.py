@@ -20,7 +20,7 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    images.check_suffix(args.out)
+    images.check_writable(args.out)
     decoder = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", "mini-decoder")
     pipe = Kandinsky.from_pretrained(
         decoder, args.prior, args.device, getattr(torch, args.dtype), keep_loaded=not args.low_memory
