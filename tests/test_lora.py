@@ -16,6 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,7 @@ from kandinsky.lora import (
 from kandinsky.lora_files import HEADER_KEY, Factors, read_lora, write_lora
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_unet
+from tests.test_scripts import run
 
 OLD = ("to_q", "to_k", "to_v", "to_out")  # F1
 ADDED = ("add_k_proj", "add_v_proj")  # F2 has these too
@@ -850,3 +852,26 @@ def test_a_prior_lora_without_a_prior_says_so(decoder_folder, files, tmp_path):
     pipe.load_lora(files["unet"])
     with pytest.raises(CheckpointError, match="has no prior beside it; pass prior=FOLDER"):
         pipe.load_lora(files["prior"])
+
+
+def test_the_script_draws_with_loras_and_refuses_in_one_line(decoder_folder, files, tmp_path, capsys):
+    out, quick = (
+        tmp_path / "out.png",
+        ["--steps", "2", "--prior-steps", "2", "--height", "16", "--width", "32"],
+    )
+    given = ["a red cat", "--weights", decoder_folder, "--out", out, "--seed", "3", "--overwrite", *quick]
+    pictures = []
+    for loras in ([], ["--lora", files["unet"], "--lora", files["prior"], "--lora-scale", "0.5"]):
+        assert run("text2img", *given, *loras) == 0
+        pictures.append(out.read_bytes())
+    pipe = Kandinsky.from_pretrained(decoder_folder)
+    pipe.load_lora(files["both"], 0.5)
+    sizes = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "height": 16, "width": 32}
+    pipe.text2img("a red cat", seed=3, **sizes)[0].save(tmp_path / "expected.png")
+    assert pictures[0] != pictures[1]
+    levels = [Image.open(path).tobytes() for path in (out, tmp_path / "expected.png")]
+    assert max(abs(a - b) for a, b in zip(*levels)) <= 1
+    capsys.readouterr()
+    assert run("text2img", *given, "--lora", tmp_path / "gone.safetensors") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"no such file: {tmp_path / 'gone.safetensors'}" in error
