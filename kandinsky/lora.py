@@ -198,7 +198,7 @@ class Attach:
         for name, (down, up, _) in self.factors.items():
             layer = layers.get(name)
             if not hasattr(layer, "weight"):
-                problems.append(f"no layer {name} in this network")
+                problems.append(f"this {type(network).__name__} has no layer {name}")
             elif type(layer) not in (*WITH_LORA, *WITH_LORA.values()):
                 problems.append(f"{name} is a {type(layer).__name__}, which takes no LoRA")
             else:

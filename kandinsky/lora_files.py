@@ -41,10 +41,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # peft's config: what is modelled, what must have a value of these, what changes no number once trained. All
 # else must be null, false or empty.
-_MODELLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+_MODELLED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
 _ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    "use_rslora": (True, False, None),
     # the other ways to begin change the base's weights too
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -188,7 +189,7 @@ def _peft_config(header: dict[str, str], keys: list[str], path: Path) -> tuple[d
         source = f"{path}: {HEADER_KEY}"
         try:
             config = json.loads(header[HEADER_KEY])
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise CheckpointError(f"{source} is not JSON ({error})") from None
         if not isinstance(config, dict):
             raise CheckpointError(f"{source} holds a JSON {type(config).__name__}; an object is needed")
