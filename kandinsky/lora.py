@@ -124,9 +124,7 @@ def load_lora(network: nn.Module, path: str | Path, scale: float = 1.0) -> None:
         if name != kind:
             ours, theirs = type(network).__name__, NETWORKS[name].__name__
             raise CheckpointError(f"{path} has a LoRA of the {theirs}; this network is the {ours}")
-    attach = Attach(str(path), found[kind], arguments.number(scale, "scale"))
-    attach.check(network)
-    attach(network)
+    Attach(str(path), found[kind], arguments.number(scale, "scale"))(network)
 
 
 def lora_parameters(network: nn.Module) -> list[nn.Parameter]:
@@ -186,6 +184,7 @@ class Attach:
     scale: float = 1.0
 
     def __call__(self, network: nn.Module) -> None:
+        self.check(network)
         for name, factors in self.factors.items():
             layer = network.get_submodule(name)
             if type(layer) in WITH_LORA:
