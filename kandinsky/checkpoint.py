@@ -231,7 +231,17 @@ class Pretrained:
         return model, find_tensors(weight_files(Path(folder), cls.weights_name), model.state_dict(), device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the published layout, which diffusers and transformers load; never half a file."""
+        """Writes the published layout, which diffusers and transformers load; never half a file.
+
+        Raises:
+            CheckpointError: something was added to the network, so that the file could not be read again.
+        """
+        with torch.device("meta"):
+            own = type(self)(self.config).state_dict()
+        extra = [name for name in self.state_dict() if name not in own]
+        if extra:
+            what = f"{type(self).__name__} has {len(extra)} tensors more than its config, as {extra[0]}"
+            raise CheckpointError(f"this {what}; merge or remove what was added, then save")
         write_safetensors(self.state_dict(), Path(folder) / self.weights_name)
         write_json(self.config.published(), Path(folder) / "config.json")
 

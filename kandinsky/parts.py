@@ -37,7 +37,10 @@ class Part:
             return self
         if self.name not in parts._loaded:
             where = {"dtype": parts.dtype, "device": parts.device}
-            parts._loaded[self.name] = self.network.from_pretrained(self.folder(parts), **where)
+            network = self.network.from_pretrained(self.folder(parts), **where)
+            for change in parts.changes.get(self.name, []):
+                change(network)
+            parts._loaded[self.name] = network
         return parts._loaded[self.name]
 
     def __set__(self, parts: "Parts", network: Any) -> None:
@@ -68,7 +71,8 @@ class Parts:
     Attributes:
         text_encoder, prior, image_encoder, unet, movq: networks, read when first used; assign to replace
         them. tokenizer, scheduler, prior_scheduler: likewise. prior_config, unet_config, movq_config: known
-        before any weight is read.
+        before any weight is read. changes: by network, what is done to it each time that it is read; see
+        `change`.
     """
 
     text_encoder = Part(CLIPTextEncoder, "prior")
@@ -114,6 +118,7 @@ class Parts:
         parts.prior_folder = prior or _sibling_prior(decoder)
         parts.device, parts.dtype = arguments.device(device), arguments.dtype(dtype)
         parts._loaded, parts._replaced, parts._constants = {}, set(), {}
+        parts.changes = {}
         folder = decoder / arguments.instance(scheduler, "scheduler", (str,))
         parts.scheduler = load_scheduler(folder, DECODER_SCHEDULERS)
         _ = parts.unet_config, parts.movq_config  # a folder that is no checkpoint is refused here
@@ -185,6 +190,16 @@ class Parts:
         finally:
             if not self.keep_loaded and name not in self._replaced:
                 self._loaded.pop(name, None)
+
+    def loaded(self, name: str) -> Any | None:
+        """A network, if it is in memory."""
+        return self._loaded.get(name)
+
+    def change(self, name: str, change: Callable[[Any], None]) -> None:
+        """Does `change(network)` now, where the network is in memory, and each time that it is read."""
+        self.changes.setdefault(name, []).append(change)
+        if name in self._loaded:
+            change(self._loaded[name])
 
     def check_files(self, *names: str) -> None:
         """Raises a CheckpointError now for a network that could not be read later; reads headers only."""

@@ -8,6 +8,7 @@ then MoVQ) with the noise that comes next.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,6 +129,27 @@ class Kandinsky(Parts):
         if x is None or output_type == "latent":
             return x
         return self._decode(x, height, width, output_type)
+
+    @arguments.public
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Adds a LoRA file's change to the prior and the decoder, whichever its keys name; several add up."""
+        from kandinsky import lora
+
+        lora.load_into(self, path, scale)
+
+    @arguments.public
+    def unload_lora(self) -> None:
+        """Takes every LoRA off again, to the last bit; merged ones stay."""
+        from kandinsky import lora
+
+        lora.unload(self)
+
+    @arguments.public
+    def merge_lora(self) -> None:
+        """Makes every LoRA part of the weights, for good; `pipe.unet.save_pretrained(folder)` saves it."""
+        from kandinsky import lora
+
+        lora.merge(self)
 
     def _embed(
         self,

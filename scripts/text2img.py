@@ -25,6 +25,8 @@ def main(argv=None) -> int:
     pipe = Kandinsky.from_pretrained(
         decoder, args.prior, args.device, getattr(torch, args.dtype), keep_loaded=not args.low_memory
     )
+    for path in args.lora or []:
+        pipe.load_lora(path, args.lora_scale)
     pictures = pipe.text2img(
         args.prompt,
         negative_prompt=args.negative_prompt,

@@ -394,3 +394,13 @@ def test_a_model_built_by_hand_can_be_saved_and_read(tmp_path):
     read = UNet.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(read.state_dict().values(), model.state_dict().values()))
     assert relative_l2(read(*arguments), model(*arguments)) <= 1e-5  # kernels depend on memory alignment
+
+
+def test_a_network_with_something_added_is_not_saved(tmp_path):
+    unet = ours(UNet, reference_unet())
+    unet.mid_block.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        CheckpointError, match="has 2 tensors more than its config, as mid_block.extra.weight"
+    ):
+        unet.save_pretrained(tmp_path / "unet")
+    assert not list(tmp_path.iterdir())
