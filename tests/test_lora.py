@@ -450,8 +450,8 @@ def test_each_key_is_read_by_itself(tmp_path_factory, data):
     [
         {},
         {
-            "rank_pattern": {"to_v": 5, "^mid_block.attentions.0.to_q": 2},
-            "alpha_pattern": {"to_k|add_k_proj": 1},
+            "rank_pattern": {"^mid_block.attentions.0.to_v": 2, "to_v": 5},
+            "alpha_pattern": {"mid_block.attentions.0.to_k": 7, "to_k|add_k_proj": 1},
         },
         {"use_rslora": True, "rank_pattern": {"add_v_proj": 9}},
     ],
@@ -847,6 +847,16 @@ def test_a_trained_lora_can_be_merged_by_the_pipeline(pipe):
     add_lora(pipe.prior, rank=2)
     pipe.merge_lora()
     assert not layers_of(pipe.prior)
+
+
+def test_merging_before_the_weights_are_read_merges_once(pipe, files):
+    pipe.load_lora(files["both"])
+    pipe.merge_lora()
+    with pytest.raises(ValueError, match="no LoRA is loaded"):
+        pipe.merge_lora()
+    assert pipe.loaded("unet") is None and not layers_of(pipe.unet)
+    expected = changed(reference_unet(), random_factors(reference_unet(), OLD + ADDED))
+    assert relative_l2(pipe.unet(*unet_inputs()), unet_output(expected, *unet_inputs())) <= 1e-5
 
 
 def test_the_pipelines_dtype_and_device_reach_the_base_only(pipe, files):
