@@ -7,8 +7,10 @@ TypeError of one line: what was given, what is allowed, what to do.
 import functools
 import inspect
 import math
+import os
 import secrets
 from collections.abc import Callable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def public(method: Callable) -> Callable:
 
 def folder(path: Any, what: str) -> Path:
     """An existing local folder; hub ids get a message about downloading."""
-    if not isinstance(path, (str, Path)):
+    if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{what} is {type(path).__name__}; a path to a folder is needed")
     if Path(path).is_dir():
         return Path(path)
@@ -81,15 +83,26 @@ def device(value: Any) -> torch.device:
     try:
         chosen = torch.device(value)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {value!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"device {value!r} cannot be used here: {reason[:200]}") from None
+    if chosen.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; use 'cpu', 'cuda' or 'mps'")
     return chosen
 
 
 def dtype(value: Any) -> torch.dtype:
     allowed = (torch.float32, torch.bfloat16, torch.float16)
-    if value not in allowed:
+    if not isinstance(value, torch.dtype) or value not in allowed:
         raise ValueError(f"dtype is {value!r}; allowed are {', '.join(map(str, allowed))}")
+    return value
+
+
+def instance(value: Any, name: str, classes: tuple[type, ...]) -> Any:
+    """A value of one of the classes."""
+    if not isinstance(value, classes):
+        needed = " or ".join(c.__name__ for c in classes)
+        raise TypeError(f"{name} is a {type(value).__name__}; a {needed} is needed")
     return value
 
 
@@ -122,18 +135,18 @@ def negative_prompts(value: Any, count: int) -> list[str] | None:
 
 def whole(value: Any, name: str, low: int = 1, high: int | None = None) -> int:
     """An int in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int is needed")
     if value < low or (high is not None and value > high):
         raise ValueError(
             f"{name} is {value}; allowed is {low} {'and more' if high is None else f'to {high}'}"
         )
-    return value
+    return int(value)
 
 
 def number(value: Any, name: str) -> float:
     """A finite real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; a number is needed")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; a finite number is needed")
@@ -172,8 +185,8 @@ def seeds(value: Any, count: int) -> list[int]:
     if isinstance(value, (list, tuple)):
         if len(value) != count:
             raise ValueError(f"{len(value)} seeds for {count} images; give one int, or one seed per image")
-        return [whole(seed, "seed", 0, 2**63 - 1) for seed in value]
-    first = whole(value, "seed", 0, 2**63 - count)
+        return [whole(seed, "seed", 0, 2**64 - 1) for seed in value]
+    first = whole(value, "seed", 0, 2**64 - count)
     return [first + i for i in range(count)]
 
 

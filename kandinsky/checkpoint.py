@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kandinsky import arguments
 from kandinsky.config import CheckpointError, read_config
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -87,6 +88,8 @@ def open_safetensors(path: Path, device: str | torch.device = "cpu") -> Any:
         return safe_open(path, framework="pt", device=str(device))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"no such file: {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error})") from None
     except SafetensorError as error:
         with open(path, "rb") as file:
             if file.read(4).startswith(_PICKLE_STARTS):
@@ -117,7 +120,9 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         raise CheckpointError(
             f"{folder} has no {name}, only the pickle {pickles[0].name}; {_how_to_convert(pickles[0])}"
         )
-    raise CheckpointError(f"no such file: {single}")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    there = f"; there is {', '.join(others)}: give it that name" if others else ""
+    raise CheckpointError(f"no such file: {single}{there}")
 
 
 def _wrong_tensors(expected: dict[str, Tensor], found: dict[str, tuple[tuple[int, ...], str]]) -> list[str]:
@@ -201,7 +206,9 @@ class Pretrained:
 
         Raises:
             CheckpointError: the folder is not such a checkpoint, or its tensors do not fit its config.
+            ValueError: a dtype or device that cannot be used.
         """
+        device, dtype = arguments.device(device), arguments.dtype(dtype)
         model, places = cls._find(folder, device)
         # cast one by one: the file's and the wanted dtype are never both in memory as a whole
         tensors = {name: places[name].get_tensor(name).to(dtype) for name in model.state_dict()}
@@ -224,7 +231,17 @@ class Pretrained:
         return model, find_tensors(weight_files(Path(folder), cls.weights_name), model.state_dict(), device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the published layout, which diffusers and transformers load; never half a file."""
+        """Writes the published layout, which diffusers and transformers load; never half a file.
+
+        Raises:
+            CheckpointError: something was added to the network, so that the file could not be read again.
+        """
+        with torch.device("meta"):
+            own = type(self)(self.config).state_dict()
+        extra = [name for name in self.state_dict() if name not in own]
+        if extra:
+            what = f"{type(self).__name__} has {len(extra)} tensors more than its config, as {extra[0]}"
+            raise CheckpointError(f"this {what}; merge or remove what was added, then save")
         write_safetensors(self.state_dict(), Path(folder) / self.weights_name)
         write_json(self.config.published(), Path(folder) / "config.json")
 

@@ -23,9 +23,8 @@ class OneLineParser(ArgumentParser):
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    def _get_help_string(
-        self, action
-    ):  # no "(default: None)" behind flags whose help says what absence means
+    def _get_help_string(self, action):
+        # no "(default: None)" behind flags whose help says what absence means
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -74,6 +73,9 @@ def add_model_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps …")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--low-memory", action="store_true", help="free each network after use")
+    lora_help = "LoRA file or folder, for prior or decoder by its keys; may be given several times"
+    parser.add_argument("--lora", type=Path, action="append", metavar="FILE", help=lora_help)
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="strength of every --lora")
 
 
 def add_sampling_flags(parser: ArgumentParser) -> None:
@@ -134,6 +136,8 @@ def decoder_folder(weights: str | None, official: str, embedded: str) -> Path:
     Raises:
         ValueError: it is not there; the message says how to get it.
     """
+    if weights == "2.1":
+        raise ValueError("2.1 cannot be drawn yet; use 2.2, or a decoder folder")
     if weights not in (None, "2.2"):
         return Path(weights)
     folder = WEIGHTS / (embedded if weights is None else official)

@@ -53,7 +53,7 @@ def _parse(f, value: Any, source: str) -> Any:
     """One value of the file as the dataclass holds it; a wrong type or choice is a CheckpointError."""
     name, values = _published_name(f), f.metadata.get("values")
     if values is not None:
-        if value in values:
+        if isinstance(value, str) and value in values:
             return values[value]
         raise CheckpointError(
             f"{source}: {name} is {value!r}; this network knows {' and '.join(map(repr, values))}"
@@ -88,7 +88,10 @@ def read_config(config_class: type, published: dict[str, Any], source: str = "co
     if missing:
         raise CheckpointError(f"{source} lacks {', '.join(missing)}")
     values = {f.name: _parse(f, published[_published_name(f)], source) for f in fields(config_class)}
-    config = config_class(**values)
+    try:
+        config = config_class(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from None
     _check_fixed_fields(config, published, source)
     return config
 
@@ -156,6 +159,13 @@ class UNetConfig:
     norm_num_groups: int = 32
     hint: bool = _named(False, "addition_embed_type", {"image": False, "image_hint": True})
     sample_size: int = _named(64, "sample_size", optional=True)  # latent height and width it was made for
+
+    def __post_init__(self) -> None:
+        odd = [c for c in self.block_out_channels[1:] if c % self.head_dim]
+        if odd:
+            raise ValueError(
+                f"{odd[0]} channels do not divide into heads of {self.head_dim} (attention_head_dim)"
+            )
 
     @property
     def latent_channels(self) -> int:

@@ -14,9 +14,9 @@ from kandinsky import cli, images, metadata
 from kandinsky.pipeline import Kandinsky
 
 # what a call's repetition may be given beside --from-png: where things lie, never what was drawn
-_BESIDE_FROM_PNG = {"from_png", "image", "mask", "hint", "weights", "prior", "device", "low_memory"}
+_BESIDE_FROM_PNG = {"from_png", "image", "mask", "hint", "lora", "weights", "prior", "device", "low_memory"}
 _BESIDE_FROM_PNG |= {"out", "overwrite", "no_metadata", "animation"}
-_FLAGS = {"image": "--image", "mask_image": "--mask", "hint": "--hint"}
+_FLAGS = {"image": "--image", "mask_image": "--mask", "hint": "--hint", "lora": "--lora"}
 
 Run = Callable[[Kandinsky, dict[str, Any], dict[str, list[Image.Image]]], list[Image.Image]]
 
@@ -33,7 +33,7 @@ def parse(parser: cli.OneLineParser, task: str, argv: Sequence[str] | None) -> t
     settings = metadata.read(args.from_png)
     if settings["task"] != task:
         parser.error(f"{args.from_png} was made by {settings['task']}.py, which repeats it")
-    args.dtype = settings["dtype"]
+    args.dtype, args.lora_scale = settings["dtype"], settings["lora_scale"]
     if "device" not in cli.given(parser, argv):
         args.device = settings["device"]
     return args, settings
@@ -97,16 +97,19 @@ def draw(
         call: the arguments, or with settings those of the picture to be made again.
         names: the official and the embedded checkpoint's.
     """
-    images.check_suffix(args.out)
-    files = {"image": args.image, "mask_image": args.mask, "hint": args.hint}
+    images.check_writable(args.out)
+    files = {"image": args.image, "mask_image": args.mask, "hint": args.hint, "lora": args.lora}
     files = {name: paths for name, paths in files.items() if paths}
     decoder = cli.decoder_folder(args.weights, *names)
-    inputs = {name: [images.open_image(path) for path in paths] for name, paths in files.items()}
+    pictures = {name: paths for name, paths in files.items() if name != "lora"}
+    inputs = {name: [images.open_image(path) for path in paths] for name, paths in pictures.items()}
     keep_loaded = not args.low_memory
     dtype = getattr(torch, args.dtype)
     pipe = Kandinsky.from_pretrained(decoder, args.prior, args.device, dtype, keep_loaded)
     if settings is not None:
         _compare(settings, pipe, files)
+    for path in args.lora or []:
+        pipe.load_lora(path, args.lora_scale)
     with _threads(settings):
         pictures = run(pipe, call, inputs)
         return _write(pictures, args, pipe, task, call | {"seed": pipe.seeds}, files, settings)
@@ -124,7 +127,7 @@ def _write(
     numbers = range(len(pictures)) if settings is None else [settings["index"]]
     described = None
     if images.check_suffix(args.out) == "PNG" and not args.no_metadata:
-        described = metadata.describe(pipe, task, call, 0, files)
+        described = metadata.describe(pipe, task, call, 0, files, args.lora_scale)
     paths = []
     for number, name in zip(numbers, cli.numbered(args.out, len(numbers))):
         path, picture, texts = cli.free_name(name, args.overwrite), pictures[number], None
@@ -143,7 +146,8 @@ def _compare(settings: dict, pipe: Kandinsky, files: dict[str, list[Path]]) -> N
         raise ValueError(
             f"the picture was made from {' and '.join(wanted) or 'no other'}; give the same again"
         )
-    now = metadata.describe(pipe, settings["task"], settings["call"], settings["index"], files)
+    fixed = [settings[name] for name in ("task", "call", "index")]
+    now = metadata.describe(pipe, *fixed, files, settings["lora_scale"])
     for half, was in settings["checkpoint"].items():
         found = now["checkpoint"][half]
         if was is not None and (found is None or found["hash"] != was["hash"]):

@@ -249,9 +249,13 @@ class Embedding(Parts):
             x = self._run(loop, len(timesteps), *watch, "prior")
             return None if x is None else prior.denormalize(x)
 
-    def _prior_settings(self, num_steps: Any, guidance_scale: Any) -> tuple[Timesteps, float]:
-        scale = arguments.number(guidance_scale, "the prior's guidance scale")
-        return self.prior_scheduler.timesteps(num_steps), scale
+    def _prior_settings(self, num_steps: Any, scale: Any, prefix: str = "") -> tuple[Timesteps, float]:
+        timesteps = self._timesteps(self.prior_scheduler, num_steps, f"{prefix}num_inference_steps")
+        return timesteps, arguments.number(scale, f"{prefix}guidance_scale")
+
+    @staticmethod
+    def _timesteps(scheduler: Any, num_steps: Any, name: str) -> Timesteps:
+        return scheduler.timesteps(arguments.whole(num_steps, name, 1, scheduler.num_train_steps))
 
     def _own_noise(self, latents: Any, copies: int) -> Tensor | None:
         """The caller's noise for the prior as (copies · images, d)."""
@@ -313,13 +317,12 @@ class Embedding(Parts):
         self, loop: Iterator[Step], num_steps: int, on_step: OnStep | None, progress: bool, name: str
     ) -> Tensor | None:
         """Takes the loop's steps; the last sample, or None where on_step returned False."""
-        if progress:
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            loop = tqdm(loop, name, num_steps)
-        for step in loop:
-            if on_step is not None and on_step(step) is False:
-                return None
+        with tqdm(loop, name, num_steps, disable=not progress) as bar:
+            for step in bar:
+                if on_step is not None and on_step(step) is False:
+                    return None
         self._check_finite(step.x, f"the {name}'s result")
         return step.x
 

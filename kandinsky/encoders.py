@@ -210,7 +210,7 @@ class PromptTokenizer:
         What does not fit into 77 tokens is cut, and a UserWarning shows it; another warns of prompts in other
         scripts than Latin, which the tower does not understand.
         """
-        whole = self.tokenizer(texts, return_offsets_mapping=True)
+        whole = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
         for text, offsets in zip(texts, whole["offset_mapping"]):
             letters = [character for character in text if character.isalpha()]
             if sum(character > "\u024f" for character in letters) > len(letters) / 2:

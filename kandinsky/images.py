@@ -4,6 +4,7 @@ Inside the package a picture is a float32 tensor (3, h, w) in [0, 1], in memory 
 changes what the caller passed.
 """
 
+import os
 import struct
 import warnings
 import zlib
@@ -250,6 +251,17 @@ def check_suffix(path: Path, suffixes: dict[str, str] = SUFFIXES) -> str:
             f"{path}: cannot write {suffix or 'a file without suffix'}; use {', '.join(suffixes)}"
         )
     return suffixes[suffix]
+
+
+def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
+    """Raises now what writing a picture would raise after the work is done."""
+    path = Path(path)
+    check_suffix(path, suffixes)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the picture's name too")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"{path} cannot be written: {parent} is not a folder that can be written to")
 
 
 def save_image(

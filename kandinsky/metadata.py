@@ -20,6 +20,7 @@ from kandinsky.images import MAX_PIXELS
 
 KEY = "kandinsky"
 MAX_LENGTH = 2**18
+INPUTS = {"image", "mask_image", "hint", "lora"}
 _BLOCK = 2**16
 
 Check = Callable[[Any], bool]
@@ -29,13 +30,15 @@ class SettingsError(ValueError):
     """A PNG whose settings are missing, or not what this package writes."""
 
 
-def describe(pipe: Any, task: str, call: dict[str, Any], index: int, inputs: dict[str, list[Path]]) -> dict:
+def describe(
+    pipe: Any, task: str, call: dict[str, Any], index: int, inputs: dict[str, list[Path]], lora_scale: float
+) -> dict:
     """All that repeats a call, and which of its pictures this is.
 
     Args:
         pipe: the `Kandinsky` that made it. task: the name of its method, or "mix".
         call: the method's arguments but for the pictures; `seed` lists every image's.
-        inputs: the files of the pictures passed, by argument.
+        inputs: the files of the pictures passed, by argument, and of the LoRAs. lora_scale: theirs.
     """
     folders = {"decoder": pipe.decoder_folder, "prior": pipe.prior_folder}
     return {
@@ -44,6 +47,7 @@ def describe(pipe: Any, task: str, call: dict[str, Any], index: int, inputs: dic
         "index": index,
         "call": call,
         "inputs": {name: [_file(path) for path in paths] for name, paths in inputs.items()},
+        "lora_scale": lora_scale,
         "checkpoint": {name: folder and _checkpoint(folder) for name, folder in folders.items()},
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "optimisation": None,
@@ -63,7 +67,9 @@ def versions() -> dict[str, str]:
 
 
 def _file(path: Path) -> dict[str, str]:
-    return {"name": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    path = Path(path)
+    whole = checkpoint_hash(path) if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"name": path.name, "sha256": whole}
 
 
 def _checkpoint(folder: Path) -> dict[str, str]:
@@ -194,7 +200,7 @@ _COMMON = {
     "num_inference_steps": _STEPS,
     "prior_num_inference_steps": _STEPS,
     "prior_guidance_scale": _number,
-    "seed": _many(_whole(0, 2**63 - 1)),
+    "seed": _many(_whole(0, 2**64 - 1)),
     "height": _SIDE,
     "width": _SIDE,
 }
@@ -220,7 +226,8 @@ _FIELDS = {
     "task": _one_of(*CALLS),
     "index": _whole(0, 10**6),
     "call": lambda value: isinstance(value, dict),
-    "inputs": lambda value: isinstance(value, dict) and set(value) <= {"image", "mask_image", "hint"},
+    "inputs": lambda value: isinstance(value, dict) and set(value) <= INPUTS,
+    "lora_scale": _number,
     "checkpoint": lambda value: isinstance(value, dict),
     "dtype": _one_of("float32", "bfloat16", "float16"),
     "optimisation": _one_of(None),

@@ -259,14 +259,14 @@ class MoVQ(nn.Module, Pretrained):
         self.decoder = Decoder(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (b, 3, h, w) in [-1, 1] -> their reconstruction from quantized latents, of the same size"""
+        """pixels: (b, 3, h, w) in [-1, 1] -> their reconstruction from quantized latents"""
         z = self.encode(pixels)
         return self.decode(self.quantize(z.to(self.dtype)))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels: (b, 3, h, w) in [-1, 1] -> latents z: (b, 4, h/f, w/f), float32, not quantized.
 
-        f is `config.downscale`; sizes that are no multiple of it are rounded up.
+        f is `config.downscale`; what a size has beyond a multiple of it is left out.
         """
         self._check(pixels, "pixels", 3)
         return self.quant_conv(self.encoder(pixels.to(self.dtype))).float()

@@ -1,5 +1,6 @@
 """The networks of a pipeline: where they lie, when they are read, and when they are freed."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,16 +12,19 @@ from torch import Tensor
 
 from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError, open_safetensors
-from kandinsky.config import PriorConfig
+from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, PromptTokenizer
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
-from kandinsky.schedulers import load_scheduler
+from kandinsky.schedulers import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
 from kandinsky.unet import UNet
 
 
 class Part:
-    """A network that is read from its subfolder when first used; assigning another replaces it for good."""
+    """A network that is read from its subfolder when first used.
+
+    Assigning another replaces it for good; after `del` or assigning None it is read again.
+    """
 
     def __init__(self, network: type, repository: str):
         self.network, self.repository = network, repository
@@ -33,17 +37,32 @@ class Part:
             return self
         if self.name not in parts._loaded:
             where = {"dtype": parts.dtype, "device": parts.device}
-            parts._loaded[self.name] = self.network.from_pretrained(self.folder(parts), **where)
+            network = self.network.from_pretrained(self.folder(parts), **where)
+            for change in parts.changes.get(self.name, []):
+                change(network)
+            parts._loaded[self.name] = network
         return parts._loaded[self.name]
 
     def __set__(self, parts: "Parts", network: Any) -> None:
-        parts._loaded[self.name] = network
+        parts._constants.pop("zero_image_embeds", None)  # it may be another image tower's
+        if network is None:
+            parts._loaded.pop(self.name, None)
+            parts._replaced.discard(self.name)
+            return
+        parts._loaded[self.name] = arguments.instance(network, self.name, (self.network,))
         parts._replaced.add(self.name)
-        if self.name == "image_encoder":
-            parts._constants.pop("zero_image_embeds", None)
+
+    def __delete__(self, parts: "Parts") -> None:
+        self.__set__(parts, None)
 
     def folder(self, parts: "Parts") -> Path:
         return (parts.decoder_folder if self.repository == "decoder" else parts.need_prior()) / self.name
+
+    def config(self, parts: "Parts") -> Any:
+        """Known before any weight is read."""
+        if self.name in parts._replaced:
+            return parts._loaded[self.name].config
+        return parts._once(f"{self.name} config", lambda: self.network.read_config(self.folder(parts)))
 
 
 class Parts:
@@ -51,8 +70,9 @@ class Parts:
 
     Attributes:
         text_encoder, prior, image_encoder, unet, movq: networks, read when first used; assign to replace
-        them. tokenizer, scheduler, prior_scheduler: likewise. unet_config, movq_config: known before any
-        weight is read.
+        them. tokenizer, scheduler, prior_scheduler: likewise. prior_config, unet_config, movq_config: known
+        before any weight is read. changes: by network, what is done to it each time that it is read; see
+        `change`.
     """
 
     text_encoder = Part(CLIPTextEncoder, "prior")
@@ -78,7 +98,8 @@ class Parts:
             decoder: a folder in the published layout (`unet/ movq/ scheduler/`).
             prior: likewise (`prior/ text_encoder/ tokenizer/ scheduler/ image_encoder/`); None: the sibling
                 folder that belongs to the decoder by name. Where there is none, only embeddings can be drawn.
-            keep_loaded: False frees every network after use and reads it again when needed.
+            keep_loaded: False frees every network after use and reads it again when needed; changes made to
+                one stay only where it is assigned (`pipe.unet = unet`).
             scheduler: the decoder's subfolder that names scheduler and values.
 
         Raises:
@@ -87,17 +108,20 @@ class Parts:
         decoder = arguments.folder(decoder, "decoder")
         if not (decoder / "unet").is_dir():
             raise CheckpointError(f"{decoder} is not a decoder: it has no unet/{_what_it_is(decoder)}")
-        prior = _sibling_prior(decoder) if prior is None else arguments.folder(prior, "prior")
-        if prior is not None and not (prior / "prior").is_dir():
-            raise CheckpointError(f"{prior} is not a prior: it has no prior/{_what_it_is(prior)}")
+        if prior is not None:
+            prior = arguments.folder(prior, "prior")
+            if not (prior / "prior").is_dir():
+                raise CheckpointError(f"{prior} is not a prior: it has no prior/{_what_it_is(prior)}")
 
         parts = cls.__new__(cls)
-        parts.decoder_folder, parts.prior_folder, parts.keep_loaded = decoder, prior, keep_loaded
+        parts.decoder_folder, parts.keep_loaded = decoder, keep_loaded
+        parts.prior_folder = prior or _sibling_prior(decoder)
         parts.device, parts.dtype = arguments.device(device), arguments.dtype(dtype)
-        parts.unet_config = UNet.read_config(decoder / "unet")
-        parts.movq_config = MoVQ.read_config(decoder / "movq")
-        parts.scheduler = load_scheduler(decoder / scheduler)
         parts._loaded, parts._replaced, parts._constants = {}, set(), {}
+        parts.changes = {}
+        folder = decoder / arguments.instance(scheduler, "scheduler", (str,))
+        parts.scheduler = load_scheduler(folder, DECODER_SCHEDULERS)
+        _ = parts.unet_config, parts.movq_config  # a folder that is no checkpoint is refused here
         return parts
 
     @arguments.public
@@ -105,9 +129,22 @@ class Parts:
         """Moves and casts every loaded network, and those to come; returns the pipeline."""
         self.device = self.device if device is None else arguments.device(device)
         self.dtype = self.dtype if dtype is None else arguments.dtype(dtype)
+        self._constants.pop("zero_image_embeds", None)  # it may be of another dtype's accuracy
         for network in self._loaded.values():
             network.to(self.device, self.dtype)
         return self
+
+    @property
+    def prior_config(self) -> PriorConfig:
+        return vars(Parts)["prior"].config(self)
+
+    @property
+    def unet_config(self) -> UNetConfig:
+        return vars(Parts)["unet"].config(self)
+
+    @property
+    def movq_config(self) -> MoVQConfig:
+        return vars(Parts)["movq"].config(self)
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -117,21 +154,28 @@ class Parts:
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
-        self._constants["tokenizer"] = tokenizer
+        if not isinstance(tokenizer, PromptTokenizer) and hasattr(tokenizer, "model_max_length"):
+            tokenizer = PromptTokenizer(tokenizer)  # one of transformers'
+        self._constants["tokenizer"] = arguments.instance(tokenizer, "tokenizer", (PromptTokenizer,))
+
+    @property
+    def scheduler(self) -> Any:
+        return self._constants["scheduler"]
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        self._constants["scheduler"] = arguments.instance(scheduler, "scheduler", DECODER_SCHEDULERS)
 
     @property
     def prior_scheduler(self) -> Any:
-        return self._once("prior_scheduler", lambda: load_scheduler(self.need_prior() / "scheduler"))
+        return self._once(
+            "prior_scheduler", lambda: load_scheduler(self.need_prior() / "scheduler", PRIOR_SCHEDULERS)
+        )
 
     @prior_scheduler.setter
     def prior_scheduler(self, scheduler: Any) -> None:
-        self._constants["prior_scheduler"] = scheduler
-
-    @property
-    def prior_config(self) -> PriorConfig:
-        """Known before any weight is read."""
-        replaced = self._loaded["prior"] if "prior" in self._replaced else None
-        return replaced.config if replaced else Prior.read_config(self.need_prior() / "prior")
+        known = arguments.instance(scheduler, "prior_scheduler", PRIOR_SCHEDULERS)
+        self._constants["prior_scheduler"] = known
 
     @property
     def zero_image_embeds(self) -> Tensor:
@@ -147,12 +191,27 @@ class Parts:
             if not self.keep_loaded and name not in self._replaced:
                 self._loaded.pop(name, None)
 
+    def loaded(self, name: str) -> Any | None:
+        """A network, if it is in memory."""
+        return self._loaded.get(name)
+
+    def change(self, name: str, change: Callable[[Any], None]) -> None:
+        """Does `change(network)` now, where the network is in memory, and each time that it is read."""
+        self.changes.setdefault(name, []).append(change)
+        if name in self._loaded:
+            change(self._loaded[name])
+
     def check_files(self, *names: str) -> None:
         """Raises a CheckpointError now for a network that could not be read later; reads headers only."""
         for name in names:
             if name not in self._loaded:
                 part = vars(Parts)[name]
                 part.network.check_pretrained(part.folder(self))
+
+    def check_zero_image(self) -> None:
+        """The same for the zero image's embedding: stored, or an image tower to compute it with."""
+        if "zero_image_embeds" not in self._constants and self._zero_image_file() is None:
+            self.check_files("image_encoder")
 
     def need_prior(self) -> Path:
         """The prior's folder, or an error that says how to give one."""
@@ -167,12 +226,20 @@ class Parts:
             self._constants[name] = make()
         return self._constants[name]
 
+    def _zero_image_file(self) -> Path | None:
+        if "image_encoder" in self._replaced:
+            return None  # what is stored is another tower's
+        path = self.need_prior() / "zero_image_embeds.safetensors"
+        return path if path.exists() else None
+
     def _read_zero_image_embeds(self) -> Tensor:
-        replaced = "image_encoder" in self._replaced  # then the stored constant is another tower's
-        path = None if replaced else self.need_prior() / "zero_image_embeds.safetensors"
-        if path is None or not path.exists():
-            with self.using("image_encoder") as image_encoder:
-                return zero_image_embeds(image_encoder)
+        path = self._zero_image_file()
+        if path is None:
+            was_loaded = "image_encoder" in self._loaded
+            embeds = zero_image_embeds(self.image_encoder)
+            if not was_loaded:  # 1.84 B parameters, read for this one vector
+                del self.image_encoder
+            return embeds
         file = open_safetensors(path)
         if list(file.keys()) != ["zero_image_embeds"]:
             raise CheckpointError(f"{path} does not hold zero_image_embeds alone")
@@ -193,11 +260,12 @@ def compute_zero_image_embeds(prior: str | Path) -> Tensor:
 
 
 def _sibling_prior(decoder: Path) -> Path | None:
-    """The prior that belongs to a decoder by name, where it lies beside it."""
-    decoder = decoder.resolve()
-    family = re.match(r"(kandinsky-2-\d|mini)(-|$)", decoder.name)
-    sibling = decoder.parent / f"{family[1]}-prior" if family else None
-    return sibling if sibling is not None and sibling.is_dir() else None
+    """The prior that belongs to a decoder by name, beside it or beside what a link to it points at."""
+    for folder in (Path(os.path.abspath(decoder)), decoder.resolve()):
+        family = re.match(r"(kandinsky-2-\d|mini)(-|$)", folder.name)
+        if family and (folder.parent / f"{family[1]}-prior").is_dir():
+            return folder.parent / f"{family[1]}-prior"
+    return None
 
 
 def _what_it_is(folder: Path) -> str:

@@ -8,6 +8,7 @@ MoVQ's decoder. Noise comes from one stream per image, first the prior's, then t
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Kandinsky(Requests):
             hint: where things are: a picture in any form, of one channel or three in [0, 1], or a list. In a
                 depth map near is white. For checkpoints with a hint network only.
             latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f².
-            height, width: pixels; None: the checkpoint's own.
+            height, width: pixels, up to 65,536; None: the checkpoint's own.
             output_type: "pil": a list; "pt": float32 (b, 3, h, w) in [0, 1]; "latent": uncropped latents.
             on_step: called with each of the decoder's Steps; returning False ends the call with None.
             Others as in `embed`, with `prior_` before those that are the prior's.
@@ -66,7 +67,7 @@ class Kandinsky(Requests):
             FloatingPointError: the result is not finite (float16 overflows where bfloat16 does not).
         """
         self._check_task("text2img", hint)
-        timesteps = self.scheduler.timesteps(num_inference_steps)
+        timesteps = self._timesteps(self.scheduler, num_inference_steps, "num_inference_steps")
         hints = None if hint is None else images.hints(hint)
         words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
         rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
@@ -110,7 +111,8 @@ class Kandinsky(Requests):
         """
         self._check_task("img2img", hint)
         strength = arguments.share(strength, "strength")
-        timesteps = last_steps(self.scheduler.timesteps(num_inference_steps), strength)
+        timesteps = self._timesteps(self.scheduler, num_inference_steps, "num_inference_steps")
+        timesteps = last_steps(timesteps, strength)
         pictures, hints = images.pictures(image), None if hint is None else images.hints(hint)
         words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
         rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
@@ -167,7 +169,7 @@ class Kandinsky(Requests):
             Others as in `text2img`.
         """
         self._check_task("inpaint", None)
-        timesteps = self.scheduler.timesteps(num_inference_steps)
+        timesteps = self._timesteps(self.scheduler, num_inference_steps, "num_inference_steps")
         pictures, repaint = images.pictures(image), masks.masks(mask_image)
         grow_mask = arguments.whole(grow_mask, "grow_mask", 0)
         feather_mask = arguments.whole(feather_mask, "feather_mask", 0)
@@ -190,6 +192,27 @@ class Kandinsky(Requests):
         share = request.rows([masks.feather(mask, feather_mask) for mask in repaint]).to(self.device)
         original = request.rows([images.resize(x, *request.size) for x in pictures]).to(self.device)
         return self._finish(request, x, lambda pixels: masks.paste(pixels, original, share))
+
+    @arguments.public
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Adds a LoRA file's change to the prior and the decoder, whichever its keys name; several add up."""
+        from kandinsky import lora
+
+        lora.load_into(self, path, scale)
+
+    @arguments.public
+    def unload_lora(self) -> None:
+        """Takes every LoRA off again, to the last bit; merged ones stay."""
+        from kandinsky import lora
+
+        lora.unload(self)
+
+    @arguments.public
+    def merge_lora(self) -> None:
+        """Makes every LoRA part of the weights, for good; `pipe.unet.save_pretrained(folder)` saves it."""
+        from kandinsky import lora
+
+        lora.merge(self)
 
     def _sample(
         self, request: Request, num_steps: int, loop: Loop, start: Callable[[Tensor], Tensor] | None = None

@@ -152,7 +152,8 @@ class Prior(nn.Module, Pretrained):
         Returns:
             (b, d) float32, the predicted clean image embedding.
         """
-        self._check(x, text_embeds, text_states, text_mask)
+        self._check(text_embeds, text_states, text_mask)
+        self._check_noisy(x, t, len(text_embeds))
         seen = torch.cat([text_mask.bool(), text_mask.new_ones(len(x), 4, dtype=torch.bool)], dim=1)
         mask = causal_mask(seen, seen.shape[1])
         tokens = torch.cat([self.text_tokens(text_embeds, text_states), self.noisy_tokens(x, t)], dim=1)
@@ -162,8 +163,9 @@ class Prior(nn.Module, Pretrained):
 
     def prefill(self, text_embeds: Tensor, text_states: Tensor, text_mask: Tensor) -> PriorCache:
         """Keys and values of all that does not depend on timestep and noise; arguments as `forward`'s."""
-        self._check(text_embeds, text_embeds, text_states, text_mask)
-        length = int(text_mask.any(dim=0).nonzero().max()) + 1  # what pads the longest prompt is never seen
+        self._check(text_embeds, text_states, text_mask)
+        is_real = text_mask.bool().any(dim=0)
+        length = int(is_real.nonzero().max()) + 1 if is_real.any() else 0  # later padding is never seen
         text_mask, text_states = text_mask[:, :length].bool(), text_states[:, :length]
         seen = torch.cat([text_mask, text_mask.new_ones(len(text_mask), 1)], dim=1)
         mask = causal_mask(seen, length + 1)
@@ -176,8 +178,7 @@ class Prior(nn.Module, Pretrained):
 
     def step(self, x: Tensor, t: Tensor, cache: PriorCache) -> Tensor:
         """`forward` for the price of three tokens. x: (b, d), t: (b,), a cache of b rows -> (b, d)"""
-        if x.shape != (len(cache.mask), self.config.embedding_dim):
-            raise ValueError(f"x is {tuple(x.shape)}, needs {(len(cache.mask), self.config.embedding_dim)}")
+        self._check_noisy(x, t, len(cache.mask))
         seen = torch.cat([cache.mask, cache.mask.new_ones(len(x), 3)], dim=1)
         mask = causal_mask(seen, 3)
         tokens = self.noisy_tokens(x, t)
@@ -189,14 +190,21 @@ class Prior(nn.Module, Pretrained):
         """From the prior's normalised space to CLIP's. x: (b, d) -> (b, d) float32"""
         return x * self.clip_std.float() + self.clip_mean.float()
 
-    def _check(self, x: Tensor, text_embeds: Tensor, text_states: Tensor, text_mask: Tensor) -> None:
-        b, n, d = len(x), text_states.shape[1], self.config.embedding_dim
-        wanted = {"x": (x, (b, d)), "text_embeds": (text_embeds, (b, d))}
-        wanted |= {"text_states": (text_states, (b, n, d)), "text_mask": (text_mask, (b, n))}
-        for name, (tensor, shape) in wanted.items():
+    def _check_noisy(self, x: Tensor, t: Tensor, b: int) -> None:
+        self._check_shapes({"x": (x, (b, self.config.embedding_dim)), "t": (t, (b,))})
+
+    def _check(self, text_embeds: Tensor, text_states: Tensor, text_mask: Tensor) -> None:
+        d, limit = self.config.embedding_dim, self.config.num_embeddings
+        if text_states.ndim != 3:
+            raise ValueError(f"text_states is {tuple(text_states.shape)}, needs (b, n, {d})")
+        b, n = text_states.shape[:2]
+        named = {"text_states": (text_states, (b, n, d)), "text_embeds": (text_embeds, (b, d))}
+        self._check_shapes(named | {"text_mask": (text_mask, (b, n))})
+        if n > limit:
+            raise ValueError(f"text_states has {n} tokens, this prior reads at most {limit}")
+
+    @staticmethod
+    def _check_shapes(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+        for name, (tensor, shape) in named.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, needs {shape}")
-        if n > self.config.num_embeddings:
-            raise ValueError(
-                f"text_states has {n} tokens, this prior reads at most {self.config.num_embeddings}"
-            )

@@ -10,6 +10,7 @@ from kandinsky.checkpoint import CheckpointError
 from kandinsky.embedding import Embedding, OnStep, Timesteps
 from kandinsky.sampling import ImageEmbeds
 
+LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
 
@@ -71,10 +72,12 @@ class Requests(Embedding):
         shape = (self.unet_config.latent_channels, full_size[0] // f, full_size[1] // f)
         latents = arguments.noise(latents, ((count * images_per_prompt, *shape),))
         self.seeds = arguments.seeds(seed, count * images_per_prompt)
-        prior_settings = self._prior_settings(prior_num_steps, prior_scale) if texts else None
+        prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_") if texts else None
         needs_movq = output_type != "latent" or "pictures" in lists
         needed = (["text_encoder", "prior"] if texts else []) + ["unet"] + (["movq"] if needs_movq else [])
         self.check_files(*needed)
+        if guidance_scale > 1 and (negatives if texts else embeds.negative_image_embeds) is None:
+            self.check_zero_image()
         words = (texts, negatives, embeds, count, images_per_prompt, prior_settings, guidance_scale)
         return Request(*words, (height, width), full_size, shape, latents, output_type, (on_step, progress))
 
@@ -125,6 +128,6 @@ class Requests(Embedding):
             if others and None in (height, width):
                 sizes = ", ".join(f"{w}×{h}" for h, w in [own, *others])
                 raise ValueError(f"the pictures' sizes differ ({sizes}); give height and width")
-        height = own[0] if height is None else arguments.whole(height, "height")
-        width = own[1] if width is None else arguments.whole(width, "width")
+        height = own[0] if height is None else arguments.whole(height, "height", 1, LONGEST_SIDE)
+        width = own[1] if width is None else arguments.whole(width, "width", 1, LONGEST_SIDE)
         return height, width

@@ -39,7 +39,8 @@ class ImageEmbeds(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, atomically."""
-        write_safetensors({name: t for name, t in self._asdict().items() if t is not None}, Path(path))
+        given = {name: t.clone() for name, t in self._asdict().items() if t is not None}  # may share memory
+        write_safetensors(given, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "ImageEmbeds":

@@ -55,32 +55,12 @@ class Scheduler:
             given = f"{num_steps!r} of type {type(num_steps).__name__}"
             raise TypeError(f"the number of inference steps is {given}; an int is needed")
         if not 1 <= num_steps <= self.num_train_steps:
-            raise ValueError(
-                f"the number of inference steps is {num_steps}; allowed is 1 to {self.num_train_steps}"
-            )
-
-    def _leading(self, num_steps: int, offset: int) -> tuple[int, list[int]]:
-        """Stride and evenly spaced timesteps, counted from the clean end and kept inside the table."""
-        self._check_num_steps(num_steps)
-        stride = self.num_train_steps // num_steps
-        return stride, [
-            min(stride * i + offset, self.num_train_steps - 1) for i in reversed(range(num_steps))
-        ]
+            given = f"the number of inference steps is {num_steps}"
+            raise ValueError(f"{given}; allowed is 1 to {self.num_train_steps}")
 
 
-def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
-    """Scales a sample back until `ratio` of its values lie in [-1, 1] (arXiv:2205.11487 §2.3)"""
-    s = torch.quantile(x0.flatten(1).abs(), ratio, dim=1).clamp(1, max_value)
-    s = s.reshape(-1, *[1] * (x0.ndim - 1))
-    return x0.clamp(-s, s) / s
-
-
-class DDPMScheduler(Scheduler):
-    """Ancestral sampling (arXiv:2006.11239) with predicted noise. Defaults: the 2.2 decoder's file.
-
-    variance_type: "fixed_small" adds the posterior's variance; "learned_range" interpolates with the second
-    half of the network's channels (arXiv:2102.09672, eq. 15).
-    """
+class NoiseScheduler(Scheduler):
+    """What the decoder's two share: a linear schedule, predicted noise, leading timesteps, clipping."""
 
     # field of the file: (constructor argument, what diffusers takes when the file lacks it)
     FIELDS = {
@@ -92,35 +72,65 @@ class DDPMScheduler(Scheduler):
         "thresholding": ("thresholding", False),
         "dynamic_thresholding_ratio": ("dynamic_thresholding_ratio", 0.995),
         "sample_max_value": ("sample_max_value", 1.0),
-        "variance_type": ("variance_type", "fixed_small"),
         "steps_offset": ("steps_offset", 0),
     }
     FIXED = {"beta_schedule": "linear", "prediction_type": "epsilon", "timestep_spacing": "leading"}
-    IGNORED = ("set_alpha_to_one",)  # the official 2.2 files carry it; DDPM has no use for it
 
     def __init__(
         self,
         num_train_steps: int = 1000,
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
-        clip_sample: bool = True,
+        clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
-        variance_type: str = "fixed_small",
         steps_offset: int = 1,
     ):
-        if variance_type not in ("fixed_small", "learned_range"):
-            raise ValueError(
-                f"variance_type is {variance_type!r}; allowed are 'fixed_small', 'learned_range'"
-            )
         super().__init__(linear_betas(num_train_steps, beta_start, beta_end))
         self.beta_start, self.beta_end = beta_start, beta_end
         self.clip_sample, self.clip_sample_range = clip_sample, clip_sample_range
         self.thresholding, self.dynamic_thresholding_ratio = thresholding, dynamic_thresholding_ratio
-        self.sample_max_value, self.variance_type = sample_max_value, variance_type
-        self.steps_offset = steps_offset
+        self.sample_max_value, self.steps_offset = sample_max_value, steps_offset
+
+    def predict_clean(self, eps: Tensor, x: Tensor, alpha_bar: Tensor) -> Tensor:
+        """The clean sample that a predicted noise stands for (arXiv:2006.11239, eq. 15), kept in range."""
+        x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+        if self.thresholding:
+            return dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+
+    def _leading(self, num_steps: int) -> tuple[int, list[int]]:
+        """Stride and evenly spaced timesteps, counted from the clean end and kept inside the table."""
+        self._check_num_steps(num_steps)
+        stride, last = self.num_train_steps // num_steps, self.num_train_steps - 1
+        return stride, [min(stride * i + self.steps_offset, last) for i in reversed(range(num_steps))]
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Scales a sample back until `ratio` of its values lie in [-1, 1] (arXiv:2205.11487 §2.3)"""
+    s = torch.quantile(x0.flatten(1).abs(), ratio, dim=1).clamp(1, max_value)
+    s = s.reshape(-1, *[1] * (x0.ndim - 1))
+    return x0.clamp(-s, s) / s
+
+
+class DDPMScheduler(NoiseScheduler):
+    """Ancestral sampling (arXiv:2006.11239) with predicted noise. Defaults: the 2.2 decoder's file.
+
+    variance_type: "fixed_small" adds the posterior's variance; "learned_range" interpolates with the second
+    half of the network's channels (arXiv:2102.09672, eq. 15).
+    """
+
+    FIELDS = NoiseScheduler.FIELDS | {"variance_type": ("variance_type", "fixed_small")}
+    IGNORED = ("set_alpha_to_one",)  # the official 2.2 files carry it; DDPM has no use for it
+
+    def __init__(self, *, clip_sample: bool = True, variance_type: str = "fixed_small", **settings: Any):
+        if variance_type not in ("fixed_small", "learned_range"):
+            given = f"variance_type is {variance_type!r}"
+            raise ValueError(f"{given}; allowed are 'fixed_small', 'learned_range'")
+        super().__init__(clip_sample=clip_sample, **settings)
+        self.variance_type = variance_type
 
     @property
     def predicts_variance(self) -> bool:
@@ -128,7 +138,7 @@ class DDPMScheduler(Scheduler):
 
     def timesteps(self, num_steps: int) -> Timesteps:
         """Evenly spaced; where the offset leaves the table (1000 steps), t = 1000 is clamped to 999."""
-        _, ts = self._leading(num_steps, self.steps_offset)
+        _, ts = self._leading(num_steps)
         return list(zip(ts, [*ts[1:], -1]))
 
     def draws_noise(self, t: int, t_prev: int) -> bool:
@@ -155,58 +165,27 @@ class DDPMScheduler(Scheduler):
         """
         alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
         alpha = alpha_bar / alpha_bar_prev
-        x0 = predict_clean(eps, x, alpha_bar)
-        if self.thresholding:
-            x0 = dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
-        elif self.clip_sample:
-            x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        x0 = self.predict_clean(eps, x, alpha_bar)
         mean = posterior_mean(x0, x, alpha, 1 - alpha, alpha_bar, alpha_bar_prev)
         if not self.draws_noise(t, t_prev):
             return mean, x0
         smallest = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)).clamp(min=1e-20)
         if self.predicts_variance:
+            largest = (1 - alpha).clamp(min=1e-20)  # zero where t = t_prev, the first of 1000 steps
             share = (variance + 1) / 2
-            return mean + (0.5 * (share * (1 - alpha).log() + (1 - share) * smallest.log())).exp() * noise, x0
+            return mean + (0.5 * (share * largest.log() + (1 - share) * smallest.log())).exp() * noise, x0
         return mean + smallest**0.5 * noise, x0
 
 
-class DDIMScheduler(Scheduler):
+class DDIMScheduler(NoiseScheduler):
     """Deterministic DDIM (arXiv:2010.02502, eq. 12 with sigma = 0). Defaults: the 2.1 decoder's file."""
 
-    FIELDS = {
-        "num_train_timesteps": ("num_train_steps", 1000),
-        "beta_start": ("beta_start", 0.0001),
-        "beta_end": ("beta_end", 0.02),
-        "clip_sample": ("clip_sample", True),
-        "clip_sample_range": ("clip_sample_range", 1.0),
-        "thresholding": ("thresholding", False),
-        "dynamic_thresholding_ratio": ("dynamic_thresholding_ratio", 0.995),
-        "sample_max_value": ("sample_max_value", 1.0),
-        "set_alpha_to_one": ("set_alpha_to_one", True),
-        "steps_offset": ("steps_offset", 0),
-    }
-    FIXED = {"beta_schedule": "linear", "prediction_type": "epsilon", "timestep_spacing": "leading"}
-    IGNORED = ()
+    FIELDS = NoiseScheduler.FIELDS | {"set_alpha_to_one": ("set_alpha_to_one", True)}
+    IGNORED = ("variance_type",)  # DDPM's; diffusers' DDIM keeps it when made from DDPM's config
     predicts_variance = False
 
-    def __init__(
-        self,
-        num_train_steps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        sample_max_value: float = 1.0,
-        set_alpha_to_one: bool = False,
-        steps_offset: int = 1,
-    ):
-        super().__init__(linear_betas(num_train_steps, beta_start, beta_end))
-        self.beta_start, self.beta_end = beta_start, beta_end
-        self.clip_sample, self.clip_sample_range = clip_sample, clip_sample_range
-        self.thresholding, self.dynamic_thresholding_ratio = thresholding, dynamic_thresholding_ratio
-        self.sample_max_value, self.steps_offset = sample_max_value, steps_offset
+    def __init__(self, *, set_alpha_to_one: bool = False, **settings: Any):
+        super().__init__(**settings)
         self.set_alpha_to_one = set_alpha_to_one
 
     def alpha_bar(self, t: int) -> Tensor:
@@ -215,7 +194,7 @@ class DDIMScheduler(Scheduler):
 
     def timesteps(self, num_steps: int) -> Timesteps:
         """Evenly spaced, each t_prev one stride below; t = 1000 is clamped to 999."""
-        stride, ts = self._leading(num_steps, self.steps_offset)
+        stride, ts = self._leading(num_steps)
         return [(t, stride * i + self.steps_offset - stride) for t, i in zip(ts, reversed(range(num_steps)))]
 
     def draws_noise(self, t: int, t_prev: int) -> bool:
@@ -232,11 +211,7 @@ class DDIMScheduler(Scheduler):
     ) -> tuple[Tensor, Tensor]:
         """One step; arguments and result as DDPM's, noise and variance unused."""
         alpha_bar, alpha_bar_prev = self.alphas_cumprod[t], self.alpha_bar(t_prev)
-        x0 = predict_clean(eps, x, alpha_bar)
-        if self.thresholding:
-            x0 = dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
-        elif self.clip_sample:
-            x0 = x0.clamp(-self.clip_sample_range, self.clip_sample_range)
+        x0 = self.predict_clean(eps, x, alpha_bar)
         return alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev) ** 0.5 * eps, x0
 
 
@@ -296,11 +271,6 @@ class UnCLIPScheduler(Scheduler):
         return mean + (0.5 * variance.log()).exp() * noise, x0
 
 
-def predict_clean(eps: Tensor, x: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean sample that a predicted noise stands for (arXiv:2006.11239, eq. 15)."""
-    return (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-
-
 def posterior_mean(
     x0: Tensor, x: Tensor, alpha: Tensor, beta: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor
 ) -> Tensor:
@@ -310,21 +280,35 @@ def posterior_mean(
     return of_x0 * x0 + of_x * x
 
 
-_CLASSES = {c.__name__: c for c in (DDPMScheduler, DDIMScheduler, UnCLIPScheduler)}
+DECODER_SCHEDULERS = (DDPMScheduler, DDIMScheduler)
+PRIOR_SCHEDULERS = (UnCLIPScheduler,)
+
+# Allowed values, both ends included
+_RANGES = {
+    "num_train_timesteps": (1, 10**6),
+    "beta_start": (1e-9, 0.999),
+    "beta_end": (1e-9, 0.999),
+    "clip_sample_range": (1e-9, math.inf),
+    "dynamic_thresholding_ratio": (1e-9, 1.0),
+    "sample_max_value": (1.0, math.inf),
+    "steps_offset": (0, 999),
+}
 
 
-def from_config(published: dict[str, Any], source: str = "scheduler_config.json") -> Scheduler:
+def from_config(
+    published: dict[str, Any],
+    source: str = "scheduler_config.json",
+    allowed: tuple[type, ...] = DECODER_SCHEDULERS + PRIOR_SCHEDULERS,
+) -> Scheduler:
     """Builds the scheduler that a published file names.
 
     A field the file lacks has diffusers' default, which is not always ours. Raises a CheckpointError for
     another class, or a value that is not modelled here.
     """
-    scheduler_class = _CLASSES.get(published.get("_class_name"))
-    if scheduler_class is None:
-        allowed = ", ".join(_CLASSES)
-        raise CheckpointError(
-            f"{source}: _class_name is {published.get('_class_name')!r}; allowed are {allowed}"
-        )
+    name, names = published.get("_class_name"), [c.__name__ for c in allowed]
+    if name not in names:
+        raise CheckpointError(f"{source}: _class_name is {name!r}; allowed are {', '.join(names)}")
+    scheduler_class = allowed[names.index(name)]
     for name, value in published.items():
         wanted = scheduler_class.FIXED.get(name)
         known = name.startswith("_") or name in scheduler_class.FIELDS or name in scheduler_class.IGNORED
@@ -340,6 +324,9 @@ def from_config(published: dict[str, Any], source: str = "scheduler_config.json"
         value = published.get(name, default)
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
             raise CheckpointError(f"{source}: {name} is {value!r}; a {type(default).__name__} is needed")
+        low, high = _RANGES.get(name, (None, None))
+        if low is not None and not low <= value <= high:
+            raise CheckpointError(f"{source}: {name} is {value}; allowed is {low} to {high}")
         values[argument] = value
     try:
         return scheduler_class(**values)
@@ -353,7 +340,9 @@ def to_config(scheduler: Scheduler) -> dict[str, Any]:
     return {"_class_name": type(scheduler).__name__, **names, **scheduler.FIXED}
 
 
-def load_scheduler(folder: str | Path) -> Scheduler:
+def load_scheduler(
+    folder: str | Path, allowed: tuple[type, ...] = DECODER_SCHEDULERS + PRIOR_SCHEDULERS
+) -> Scheduler:
     """Reads `scheduler_config.json` in a folder; a missing or wrong file is a CheckpointError."""
     path = Path(folder) / "scheduler_config.json"
-    return from_config(read_json(path), str(path))
+    return from_config(read_json(path), str(path), allowed)

@@ -88,7 +88,7 @@ def main(argv=None) -> int:
     call = call_of(args) if settings is None else settings["call"]
     if call["frames"] is not None:
         args.animation = args.animation or args.out.with_suffix(".gif")
-        images.check_suffix(args.animation, images.ANIMATIONS)
+        images.check_writable(args.animation, images.ANIMATIONS)
     frames = []
 
     def run(pipe, call, inputs):

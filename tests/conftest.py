@@ -39,8 +39,8 @@ def hinted(hint_folder) -> Kandinsky:
 
 
 @pytest.fixture(autouse=True)
-def untouched_global_random_state():
-    """No test, and so nothing it calls, may move the global generator unnoticed."""
+def restored_global_random_state():
+    """No test depends on what another one drew."""
     before = torch.get_rng_state()
     yield
     torch.set_rng_state(before)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from kandinsky import ImageEmbeds, Kandinsky, cli, drawing, images, metadata
+from kandinsky import ImageEmbeds, Kandinsky, cli, drawing, images, lora, metadata
 from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import half_mask
@@ -189,16 +189,28 @@ def test_every_flag_that_changes_a_picture_is_in_its_settings():
     named |= {"mix_weights": "weights", "weights": "checkpoint", "prior": "checkpoint", "prompts": "prompt"}
     unchanging = {"help", "out", "overwrite", "no_metadata", "from_png", "low_memory", "animation"}
     for script in metadata.CALLS:
-        known = metadata.CALLS[script].keys() | {
-            "image",
-            "mask_image",
-            "hint",
-            "dtype",
-            "device",
-            "checkpoint",
-        }
+        known = metadata.CALLS[script].keys() | metadata.INPUTS | {"dtype", "device", "checkpoint"}
+        known |= {"lora_scale"}
         flags = {action.dest for action in load(script).make_parser()._actions} - unchanging
         assert {named.get(flag, flag) for flag in flags} <= known, script
+
+
+def test_a_lora_is_given_again_and_repeats_with_its_scale(decoder_folder, files, capsys):
+    pipe = Kandinsky.from_pretrained(decoder_folder)
+    lora.add_lora(pipe.unet, rank=2)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter.data, generator=torch.Generator().manual_seed(0))
+    lora.save_lora(pipe.unet, files / "mine.safetensors")
+    given = ["--weights", decoder_folder, "--lora", files / "mine.safetensors"]
+    size = ["--height", "16", "--width", "16", "--seed", "1", *QUICK]
+    assert run("text2img", "cat", *given, "--lora-scale", "0.5", *size, "--out", files / "a.png") == 0
+    assert run("text2img", "cat", *given[:2], *size, "--out", files / "plain.png") == 0
+    assert not np.array_equal(pixels(files / "a.png"), pixels(files / "plain.png"))
+    assert run("text2img", "--from-png", files / "a.png", *given, "--out", files / "b.png") == 0
+    assert (files / "a.png").read_bytes() == (files / "b.png").read_bytes()
+    assert run("text2img", "--from-png", files / "a.png", *given[:2], "--out", files / "c.png") == 2
+    assert "was made from --lora (mine.safetensors); give the same again" in capsys.readouterr().err
 
 
 def test_a_call_is_repeated_on_as_many_threads():
@@ -233,7 +245,7 @@ def settings(decoder_folder):
     call = {"prompt": ["a cat"], "negative_prompt": None, "num_images_per_prompt": 1, "guidance_scale": 4.0}
     call |= {"num_inference_steps": 1, "prior_num_inference_steps": 1, "prior_guidance_scale": 4.0}
     call |= {"seed": [3], "height": 16, "width": 16}
-    return metadata.describe(pipe, "text2img", call, 0, {})
+    return metadata.describe(pipe, "text2img", call, 0, {}, 1.0)
 
 
 def changed(settings, path, value):
@@ -283,7 +295,9 @@ FORGED = [
     ("call/image", "/etc/passwd", "call: unknown 'image'"),
     ("inputs/image", "/etc/passwd", "inputs: image is not a list of files"),
     ("inputs/image", [{"name": "/etc/passwd"}], "image: missing 'sha256'"),
-    ("inputs/lora", [], "inputs is"),
+    ("inputs/weights", [], "inputs is"),
+    ("inputs/lora", [], "inputs: lora is not a list of files"),
+    ("lora_scale", "1", "lora_scale is"),
     ("checkpoint/decoder", None, "decoder is a NoneType, not an object"),
     ("checkpoint/decoder/hash", "abc", "hash is 'abc'"),
     ("checkpoint/path", "/tmp", "checkpoint: unknown 'path'"),

@@ -43,6 +43,13 @@ def test_quantizer_takes_the_nearest_vector_and_leaves_codebook_vectors_alone():
 
 
 @torch.no_grad()
+def test_what_a_size_has_beyond_a_multiple_of_f_is_left_out():
+    movq = ours(MoVQ, reference_movq())
+    for size in range(4, 17):
+        assert movq.encode(randn(1, 3, size, 16)).shape == (1, 4, size // 4, 4)
+
+
+@torch.no_grad()
 def test_bfloat16_weights_take_and_return_float32():
     movq = ours(MoVQ, reference_movq())
     pixels, latents = randn(1, 3, 16, 16), randn(1, 4, 4, 4)

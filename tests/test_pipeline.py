@@ -1,9 +1,11 @@
 """`embed` and `text2img` against diffusers' pipelines from the same seed, and what only ours does."""
 
 import itertools
+import random
 import shutil
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -24,13 +26,14 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from kandinsky import CheckpointError, ImageEmbeds, Kandinsky
+from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, schedulers
 from kandinsky.config import PriorConfig
+from kandinsky.movq import MoVQ
 from kandinsky.parts import compute_zero_image_embeds
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 from tests.helpers import randn, relative_l2
-from tests.small import EMBEDDING_DIM, SCHEDULER, write_checkpoints
+from tests.small import EMBEDDING_DIM, SCHEDULER, ours, reference_movq, reference_unet, write_checkpoints
 
 PROMPT, OTHER, NEGATIVE = "a red cat, 4k photo", "an", "blurry and bad quality"
 
@@ -224,10 +227,13 @@ def test_a_drawn_seed_is_reported_and_repeats_the_picture(pipe):
 
 
 def test_global_random_state_is_left_alone(pipe):
-    before = torch.get_rng_state()
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    before = states()
     our_pictures(pipe, None, prompt=PROMPT, negative_prompt=NEGATIVE)
     pipe.embed(PROMPT, num_inference_steps=2, seed=1)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert states() == before
 
 
 def test_own_decoder_noise_is_used_and_not_drawn(pipe, reference_parts):
@@ -242,6 +248,19 @@ def test_own_decoder_noise_is_used_and_not_drawn(pipe, reference_parts):
     half = pipe.text2img(embeds=embeds, latents=noise.half(), seed=3, **settings)
     assert 0 < relative_l2(half, ours) < 1e-2
     assert relative_l2(pipe.text2img(embeds=embeds, latents=-noise, seed=3, **settings), ours) > 1e-2
+
+
+def test_own_noise_of_several_images_is_theirs_in_order(pipe):
+    noise, prior_noise = randn(3, 4, 8, 12), randn(6, EMBEDDING_DIM, seed=1)
+    batch = pipe.embed(PROMPT, NEGATIVE, 3, num_inference_steps=3, seed=[5, 6, 7], latents=prior_noise)
+    settings = {"num_inference_steps": 3, "height": 32, "width": 48, "output_type": "latent"}
+    latents = pipe.text2img(embeds=batch, latents=noise, seed=[5, 6, 7], **settings)
+    for i in range(3):
+        own = prior_noise[[i, 3 + i]]
+        embeds = pipe.embed(PROMPT, NEGATIVE, num_inference_steps=3, seed=5 + i, latents=own)
+        assert relative_l2(batch.image_embeds[i], embeds.image_embeds[0]) <= 1e-5
+        single = pipe.text2img(embeds=embeds, latents=noise[i : i + 1], seed=5 + i, **settings)
+        assert relative_l2(latents[i], single[0]) <= 1e-5
 
 
 def test_own_prior_noise_is_used_and_not_drawn(pipe, reference_parts):
@@ -284,9 +303,8 @@ def test_on_step_sees_every_step_and_can_stop_without_decoding(pipe):
     settings = {"prompt": PROMPT, "num_inference_steps": 4, "height": 16, "width": 16, "seed": 0}
     latents = pipe.text2img(on_step=steps.append, output_type="latent", **settings)
     assert [(s.index, s.num_steps, s.t) for s in steps] == [(0, 4, 751), (1, 4, 501), (2, 4, 251), (3, 4, 1)]
-    assert (
-        torch.equal(steps[-1].x, latents) and steps[0].x0.abs().max() <= 1
-    )  # clipped by the official scheduler
+    # clipped by the official scheduler
+    assert torch.equal(steps[-1].x, latents) and steps[0].x0.abs().max() <= 1
     assert pipe.text2img(on_step=lambda step: step.index < 1, **settings) is None and not decoded
     prior_steps = []
     assert pipe.embed(PROMPT, seed=0, on_step=lambda step: prior_steps.append(step.t) or False) is None
@@ -372,7 +390,10 @@ def test_the_image_tower_is_read_only_when_its_constant_is_not_stored(decoder_fo
     shutil.copytree(decoder_folder.parent, folder)
     pipe = Kandinsky.from_pretrained(folder / decoder_folder.name)
     picture = our_pictures(pipe, 3, prompt=PROMPT)
-    assert "image_encoder" in pipe._loaded  # computed, and loading wrote nothing
+    assert "image_encoder" not in pipe._loaded  # read for the one vector, and freed
+    reads = []
+    pipe.image_encoder.visual_projection.register_forward_pre_hook(lambda *_: reads.append(1))
+    assert torch.equal(our_pictures(pipe, 3, prompt=PROMPT), picture) and not reads  # computed once
     prior = folder / "kandinsky-2-2-prior"
     assert not (prior / "zero_image_embeds.safetensors").exists()
     from kandinsky.checkpoint import write_safetensors
@@ -417,12 +438,100 @@ def test_parts_can_be_replaced_and_are_then_kept(decoder_folder):
     pipe.unet = unet
     changed = our_pictures(pipe, 1, prompt=PROMPT)
     assert relative_l2(changed, before) > 1e-3 and pipe.unet is unet
-    pipe.tokenizer, pipe.prior_scheduler, pipe.scheduler = (
-        pipe.tokenizer,
-        pipe.prior_scheduler,
-        pipe.scheduler,
-    )
+    pipe.tokenizer = CLIPTokenizer.from_pretrained(pipe.prior_folder / "tokenizer")  # transformers' own
     assert torch.equal(our_pictures(pipe, 1, prompt=PROMPT), changed)
+    pipe.scheduler = schedulers.DDIMScheduler(clip_sample=True)
+    pipe.prior_scheduler = schedulers.UnCLIPScheduler(clip_sample_range=0.5)
+    others = our_pictures(pipe, 1, prompt=PROMPT)
+    assert relative_l2(others, changed) > 1e-3
+    del pipe.unet
+    pipe.scheduler = schedulers.DDPMScheduler()
+    pipe.prior_scheduler = schedulers.UnCLIPScheduler()
+    assert torch.equal(our_pictures(pipe, 1, prompt=PROMPT), before)
+
+
+def test_replaced_networks_bring_their_own_sizes_and_task(pipe):
+    pipe.movq = ours(MoVQ, reference_movq(4))
+    picture = pipe.text2img(PROMPT, height=40, width=70, num_inference_steps=1, output_type="pt", seed=0)
+    latents = pipe.text2img(PROMPT, height=40, width=70, num_inference_steps=1, output_type="latent", seed=0)
+    assert picture.shape == (1, 3, 40, 70) and latents.shape == (1, 4, 8, 16)
+    pipe.unet = ours(UNet, reference_unet(in_channels=9))
+    with pytest.raises(CheckpointError, match="is for inpainting"):
+        pipe.text2img(PROMPT)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("unet", torch.nn.Identity(), "unet is a Identity; a UNet is needed"),
+        (
+            "scheduler",
+            schedulers.UnCLIPScheduler(),
+            "scheduler is a UnCLIPScheduler; a DDPMScheduler or DDIM",
+        ),
+        ("scheduler", DDPMScheduler, "scheduler is a type; a DDPMScheduler or DDIMScheduler is needed"),
+        ("prior_scheduler", schedulers.DDPMScheduler(), "a UnCLIPScheduler is needed"),
+        ("tokenizer", str, "tokenizer is a type; a PromptTokenizer is needed"),
+    ],
+)
+def test_parts_of_another_kind_are_refused_when_assigned(pipe, name, value, message):
+    with pytest.raises(TypeError, match=message):
+        setattr(pipe, name, value)
+
+
+def test_schedulers_of_the_other_network_are_refused_when_read(decoder_folder, tmp_path):
+    shutil.copytree(decoder_folder.parent, tmp_path / "copy")
+    decoder, prior = tmp_path / "copy" / decoder_folder.name, tmp_path / "copy" / "kandinsky-2-2-prior"
+    shutil.copytree(prior / "scheduler", decoder / "unclip")
+    with pytest.raises(CheckpointError, match="'UnCLIPScheduler'; allowed are DDPMScheduler, DDIMScheduler"):
+        Kandinsky.from_pretrained(decoder, scheduler="unclip")
+    shutil.rmtree(prior / "scheduler")
+    shutil.copytree(decoder / "scheduler", prior / "scheduler")
+    with pytest.raises(CheckpointError, match="'DDPMScheduler'; allowed are UnCLIPScheduler"):
+        Kandinsky.from_pretrained(decoder).embed(PROMPT)
+
+
+@pytest.mark.parametrize(
+    "decoder, prior",
+    [
+        ("kandinsky-2-2-decoder", "kandinsky-2-2-prior"),
+        ("kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-prior"),
+        ("kandinsky-2-2-controlnet-depth", "kandinsky-2-2-prior"),
+        ("kandinsky-2-1", "kandinsky-2-1-prior"),
+        ("kandinsky-2-1-inpaint", "kandinsky-2-1-prior"),
+        ("mini-decoder", "mini-prior"),
+        ("mini-decoder-inpaint", "mini-prior"),
+        ("my-decoder", None),
+        ("kandinsky-2-20", None),
+    ],
+)
+def test_a_decoder_finds_its_prior_by_name(decoder_folder, tmp_path, decoder, prior):
+    for name in ("kandinsky-2-2-prior", "kandinsky-2-1-prior", "mini-prior"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(decoder_folder, tmp_path / decoder)
+    found = Kandinsky.from_pretrained(tmp_path / decoder).prior_folder
+    assert found == (prior and tmp_path / prior)
+
+
+def test_a_linked_decoder_finds_its_prior_beside_the_link_or_the_target(decoder_folder, tmp_path):
+    prior = decoder_folder.parent / "kandinsky-2-2-prior"
+    (tmp_path / "any-name").symlink_to(decoder_folder)
+    assert Kandinsky.from_pretrained(tmp_path / "any-name").prior_folder == prior
+    (tmp_path / "kandinsky-2-2-decoder").symlink_to(decoder_folder)
+    (tmp_path / "kandinsky-2-2-prior").symlink_to(prior)
+    linked = Kandinsky.from_pretrained(tmp_path / "kandinsky-2-2-decoder")
+    assert linked.prior_folder == tmp_path / "kandinsky-2-2-prior"
+
+
+def test_a_missing_zero_image_is_told_before_the_prior_runs(decoder_folder, tmp_path):
+    shutil.copytree(decoder_folder.parent, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "kandinsky-2-2-prior" / "image_encoder")
+    pipe = Kandinsky.from_pretrained(tmp_path / "copy" / decoder_folder.name)
+    with pytest.raises(CheckpointError, match="image_encoder is not a checkpoint folder"):
+        pipe.text2img(PROMPT)
+    assert not pipe._loaded
+    our_pictures(pipe, 0, prompt=PROMPT, negative_prompt=NEGATIVE)
+    our_pictures(pipe, 0, prompt=PROMPT, guidance_scale=1.0)
 
 
 def test_replaced_networks_need_no_prior_folder(decoder_folder, tmp_path, pipe):
@@ -447,7 +556,18 @@ def test_to_moves_what_is_loaded_and_what_comes(pipe):
     assert pipe.unet.dtype == pipe.movq.dtype == torch.bfloat16
 
 
+def test_numbers_may_be_numpys(pipe):
+    numbers = {"seed": np.uint64(2**64 - 1), "guidance_scale": np.float32(2), "height": np.int64(16)}
+    our_pictures(pipe, prompt=PROMPT, num_images_per_prompt=np.int32(1), **numbers)
+    assert pipe.seeds == [2**64 - 1] and type(pipe.seeds[0]) is int
+
+
 def test_embeds_survive_a_file(pipe, tmp_path):
+    same = randn(2, EMBEDDING_DIM)
+    ImageEmbeds(same, same).save(tmp_path / "embeds.safetensors")
+    assert torch.equal(ImageEmbeds.load(tmp_path / "embeds.safetensors").negative_image_embeds, same)
+    with pytest.raises(CheckpointError):
+        ImageEmbeds.load(tmp_path)
     for negative in (None, NEGATIVE):
         embeds = pipe.embed(PROMPT, negative, num_inference_steps=2, seed=0)
         embeds.save(tmp_path / "embeds.safetensors")
@@ -498,15 +618,20 @@ BAD_CALLS = [
         TypeError,
         "num_images_per_prompt is True of type bool; an int is needed",
     ),
-    ({"num_inference_steps": 0}, ValueError, "0"),
-    ({"num_inference_steps": 1001}, ValueError, "1001"),
-    ({"num_inference_steps": "5"}, (TypeError, ValueError), "5"),
-    ({"prior_num_inference_steps": "5"}, (TypeError, ValueError), "5"),
-    ({"prior_num_inference_steps": 0}, ValueError, "0"),
+    ({"num_inference_steps": 0}, ValueError, "^num_inference_steps is 0; allowed is 1 to 1000"),
+    ({"num_inference_steps": 1001}, ValueError, "^num_inference_steps is 1001; allowed is 1 to 1000"),
+    ({"num_inference_steps": "5"}, TypeError, "^num_inference_steps is '5' of type str; an int is needed"),
+    ({"prior_num_inference_steps": "5"}, TypeError, "^prior_num_inference_steps is '5' of type str"),
+    ({"prior_num_inference_steps": 0}, ValueError, "^prior_num_inference_steps is 0; allowed is 1 to"),
     ({"guidance_scale": "4"}, TypeError, "guidance_scale is '4' of type str; a number is needed"),
     ({"guidance_scale": float("nan")}, ValueError, "guidance_scale is nan; a finite number is needed"),
-    ({"prior_guidance_scale": float("inf")}, ValueError, "is inf; a finite number is needed"),
-    ({"height": 0}, ValueError, "height is 0; allowed is 1 and more"),
+    (
+        {"prior_guidance_scale": float("inf")},
+        ValueError,
+        "^prior_guidance_scale is inf; a finite number is needed",
+    ),
+    ({"height": 0}, ValueError, "height is 0; allowed is 1 to 65536"),
+    ({"height": 10**20}, ValueError, "height is 100000000000000000000; allowed is 1 to 65536"),
     ({"width": 51.2}, TypeError, "width is 51.2 of type float; an int is needed"),
     ({"seed": -1}, ValueError, "seed is -1"),
     ({"seed": 1.0}, TypeError, "seed is 1.0 of type float"),
@@ -593,9 +718,23 @@ def test_non_finite_results_stop_the_run(pipe):
         our_pictures(pipe, 0, prompt=PROMPT)
 
 
-def test_running_out_of_memory_says_what_to_try(pipe):
+def test_a_decoded_picture_that_is_not_finite_stops_the_run(pipe):
+    with torch.no_grad():
+        pipe.movq.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the decoded picture is not finite"):
+        our_pictures(pipe, 0, prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory\nand more"),
+    ],
+)
+def test_running_out_of_memory_says_what_to_try(pipe, error):
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more")
+        raise error
 
     pipe.unet.conv_in.register_forward_pre_hook(fail)
     with pytest.raises(

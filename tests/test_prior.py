@@ -41,6 +41,15 @@ def test_three_token_step_equals_the_plain_call(lengths):
 
 
 @torch.no_grad()
+def test_a_mask_without_any_real_token_leaves_the_text_embedding():
+    prior = ours(Prior, reference_prior())
+    x, t, text_embeds, text_states, mask = inputs([5, 9])
+    cache = prior.prefill(text_embeds, text_states, torch.zeros_like(mask))
+    plain = prior(x, t, text_embeds, text_states, torch.zeros_like(mask))
+    assert relative_l2(prior.step(x, t, cache), plain) <= 1e-5 and cache.mask.shape == (2, 1)
+
+
+@torch.no_grad()
 def test_short_text_states_equal_padded_ones():
     prior = ours(Prior, reference_prior())
     x, t, text_embeds, text_states, mask = inputs([5, 9])
@@ -94,13 +103,17 @@ def test_wrong_inputs_are_refused_with_both_sizes():
     x, t, text_embeds, text_states, mask = inputs([5, 9])
     for arguments, message in (
         ((x[:, :4], t, text_embeds, text_states, mask), r"x is \(2, 4\), needs \(2, 32\)"),
+        ((x, t[:1], text_embeds, text_states, mask), r"t is \(1,\), needs \(2,\)"),
         ((x, t, text_embeds[:1], text_states, mask), r"text_embeds is \(1, 32\), needs \(2, 32\)"),
+        ((x, t, text_embeds, text_states[0], mask), r"text_states is \(77, 32\), needs \(b, n, 32\)"),
         ((x, t, text_embeds, text_states[..., :8], mask), r"text_states is \(2, 77, 8\), needs \(2, 77"),
         ((x, t, text_embeds, text_states, mask[:, :9]), r"text_mask is \(2, 9\), needs \(2, 77\)"),
         ((x, t, text_embeds, randn(2, 78, 32), torch.ones(2, 78)), "78 tokens, this prior reads at most 77"),
     ):
         with pytest.raises(ValueError, match=message):
             prior(*arguments)
+    with pytest.raises(ValueError, match=r"text_embeds is \(2, 4\), needs \(2, 32\)"):
+        prior.prefill(text_embeds[:, :4], text_states, mask)
     cache = prior.prefill(text_embeds, text_states, mask)
     with pytest.raises(ValueError, match=r"x is \(3, 32\), needs \(2, 32\)"):
         prior.step(randn(3, 32), torch.tensor([1, 1, 1]), cache)

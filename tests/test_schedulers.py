@@ -57,6 +57,8 @@ VARIANTS = {
     "ddim thresholded": {**OFFICIAL["2.1"], "thresholding": True, "sample_max_value": 1.5, "steps_offset": 0},
     "ddpm bare": {"_class_name": "DDPMScheduler"},
     "ddim bare": {"_class_name": "DDIMScheduler"},
+    "narrow range": {**OFFICIAL["2.2 decoder"], "clip_sample_range": 0.5},
+    "wide range": {**OFFICIAL["2.1"], "clip_sample": True, "clip_sample_range": 2.0},
     "unclip unclipped": {**OFFICIAL["prior"], "clip_sample": False},
     "unclip default range": {k: v for k, v in OFFICIAL["prior"].items() if k != "clip_sample_range"},
 }
@@ -79,9 +81,8 @@ def test_timesteps_are_diffusers_for_every_number_of_steps(name):
             assert ours.timesteps(1) == [(999, -1)]  # diffusers divides by zero
             continue
         theirs.set_timesteps(n)
-        wanted = np.minimum(
-            theirs.timesteps.numpy(), 999
-        ).tolist()  # diffusers leaves its table at 1000 steps
+        # diffusers leaves its table at 1000 steps
+        wanted = np.minimum(theirs.timesteps.numpy(), 999).tolist()
         assert [t for t, _ in ours.timesteps(n)] == wanted
 
 
@@ -189,6 +190,11 @@ def test_official_files_load_and_our_defaults_are_theirs():
             r"trained_betas is \[0.1\]; modelled is only null or false",
         ),
         ("2.2 decoder", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ("2.2 decoder", {"_class_name": []}, r"_class_name is \[\]; allowed are DDPM"),
+        ("2.2 decoder", {"num_train_timesteps": -1}, "num_train_timesteps is -1; allowed is 1 to"),
+        ("2.2 decoder", {"beta_start": float("nan")}, "beta_start is nan; allowed is"),
+        ("2.2 decoder", {"steps_offset": -5}, "steps_offset is -5; allowed is 0"),
+        ("2.1 ddpm", {"dynamic_thresholding_ratio": 3.0}, "dynamic_thresholding_ratio is 3.0; allowed is"),
         ("2.2 decoder", {"steps_offset": "1"}, "steps_offset is '1'; a int is needed"),
         ("2.2 decoder", {"clip_sample": None}, "clip_sample is None; a bool is needed"),
         ("2.1", {"something_new": 2}, "something_new is 2; modelled is only null or false"),
@@ -204,6 +210,18 @@ def test_what_is_not_modelled_is_refused_by_field_and_value(base, changes, messa
 def test_an_unclip_file_without_prediction_type_means_epsilon_and_is_refused():
     with pytest.raises(CheckpointError, match="lacks prediction_type, which then means 'epsilon'"):
         from_config({"_class_name": "UnCLIPScheduler"})
+
+
+def test_switching_to_ddim_the_way_diffusers_does_loads(tmp_path):
+    ddpm = diffusers.DDPMScheduler.from_config(ALL["2.2 decoder"])
+    diffusers.DDIMScheduler.from_config(ddpm.config).save_pretrained(tmp_path)
+    assert isinstance(load_scheduler(tmp_path), DDIMScheduler)
+
+
+def test_learned_variance_is_finite_in_the_first_of_a_thousand_steps():
+    x, variance = randn(1, 4, 3, 3), torch.full((1, 4, 3, 3), -1.01)
+    ours = DDPMScheduler(variance_type="learned_range").step(x, x, 999, 999, x, variance)
+    assert all(out.isfinite().all() for out in ours)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """The scripts as a user starts them, and what importing the package brings along."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -80,11 +81,13 @@ def test_a_drawn_seed_is_printed_and_repeats_the_picture(decoder_folder, tmp_pat
         (["cat", "--colour", "red"], "unrecognized arguments: --colour red; see --help"),
         (["cat", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["cat", "--out", "picture.gif"], "picture.gif: cannot write .gif; use .png, .jpg, .jpeg, .webp"),
+        (["cat", "--out", "DECODER/unet/config.json/out.png"], "is not a folder that can be written to"),
         (["cat", "--weights", "nowhere"], "decoder: no folder at 'nowhere'"),
+        (["cat", "--weights", "2.1"], "2.1 cannot be drawn yet; use 2.2"),
         (["cat", "--weights", "2.2"], "python scripts/download_weights.py 2.2"),
         (["cat", "--weights", "DECODER", "--prior", "nowhere"], "prior: no folder at 'nowhere'"),
-        (["cat", "--weights", "DECODER", "--steps", "0"], "the number of inference steps is 0"),
-        (["cat", "--weights", "DECODER", "--height", "-3"], "height is -3; allowed is 1 and more"),
+        (["cat", "--weights", "DECODER", "--steps", "0"], "num_inference_steps is 0; allowed is 1 to 1000"),
+        (["cat", "--weights", "DECODER", "--height", "-3"], "height is -3; allowed is 1 to 65536"),
         (["cat", "--weights", "DECODER", "--seed", "-1"], "seed is -1"),
         (["cat", "--weights", "DECODER", "--guidance-scale", "nan"], "guidance_scale is nan"),
         (["cat", "--weights", "DECODER", "--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
@@ -93,10 +96,16 @@ def test_a_drawn_seed_is_printed_and_repeats_the_picture(decoder_folder, tmp_pat
 def test_errors_are_one_line_with_exit_code_2(decoder_folder, tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "WEIGHTS", tmp_path / "weights")
-    argv = [decoder_folder if a == "DECODER" else a for a in argv]
+    argv = [a.replace("DECODER", str(decoder_folder)) for a in argv]
     assert run("text2img", *argv) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_as_the_pictures_name_is_refused_before_anything_is_drawn(tmp_path, capsys):
+    (tmp_path / "out.png").mkdir()
+    assert run("text2img", "cat", "--out", tmp_path / "out.png") == 2
+    assert "is a folder; give the picture's name too" in capsys.readouterr().err
 
 
 def test_without_any_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):
@@ -132,8 +141,9 @@ def test_a_damaged_checkpoint_is_one_line_and_no_picture(decoder_folder, tmp_pat
 def test_a_cut_prompt_is_warned_of_in_one_line(decoder_folder, tmp_path, capsys):
     given = ["--weights", decoder_folder, "--out", tmp_path / "out.png", *QUICK]
     assert run("text2img", "cat " * 80, *given) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(lines) == 1 and "this part was dropped" in lines[0]
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err.strip())
+    lines = [line for line in lines if not re.match(r"(prior|decoder):", line)]
+    assert len(lines) == 1 and "warning: the prompt is longer" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +166,13 @@ def test_help_explains_every_flag(capsys, script, more):
     shown = capsys.readouterr().out
     assert all(re.search(rf"^  {flag}( |$)", shown, re.MULTILINE) for flag in flags)
     assert "decoder steps (default: 50)" in shown
+
+
+def test_the_benchmark_measures_imports(capsys):
+    assert run("benchmark", "import", "--runs", "1", "--json") == 0
+    seconds = json.loads(capsys.readouterr().out)
+    assert seconds.keys() == {"torch", "kandinsky", "diffusers"} and min(seconds.values()) > 0.05
+    assert run("benchmark", "import", "--runs", "0") == 2
 
 
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
