@@ -151,7 +151,7 @@ class Embedding(Parts):
         negative = arguments.text(negative_prompt or "", "negative_prompt")
         away = negative_prior_prompt
         away = away if away is None else arguments.text(away, "negative_prior_prompt")
-        runs = [(text, 0) for text in texts]
+        runs = [(text, 0) for text in texts]  # and one more for what the decoder leads away from
         runs += [(negative, 0)] if negative else [(away, 1)] if away is not None else []
         count = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         self.seeds = arguments.seeds(seed, count)
