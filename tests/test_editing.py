@@ -232,6 +232,18 @@ def test_an_empty_mask_returns_the_picture_and_a_full_one_keeps_nothing(inpainte
     assert np.array_equal(np.array(ours), np.array(raw))
 
 
+def test_the_pictures_may_be_given_by_position(pipe, inpainter):
+    image, mask, settings = picture(WIDTH, HEIGHT), half_mask(HEIGHT, WIDTH), {"seed": 1, **QUICK}
+    assert (
+        pipe.img2img(PROMPT, image, 0.5, **settings)[0]
+        == (pipe.img2img(PROMPT, image=image, strength=0.5, **settings)[0])
+    )
+    given = {"image": image, "mask_image": mask, "keep_unmasked": False}
+    assert inpainter.inpaint(PROMPT, image, mask, False, **settings) == (
+        inpainter.inpaint(PROMPT, **given, **settings)
+    )
+
+
 def test_a_mask_of_another_size_is_resized_to_the_picture(inpainter):
     image, mask = picture(WIDTH, HEIGHT), np.zeros((4, 6))
     mask[:, 3:] = 1
