@@ -179,7 +179,7 @@ def scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 def draw(kind: str, name: str, shape: tuple[int, ...], seed: int) -> Iterator[Tensor]:
     """The values of the tensor `name` of the network `kind`, as flat float32 pieces."""
-    generator = torch.Generator().manual_seed(crc32(f"{kind} {name}".encode()) + (seed << 32))
+    generator = torch.Generator().manual_seed(crc32(f"{seed} {kind} {name}".encode()))
     mean, std = scale(name, shape)
     for start in range(0, _count(shape), PIECE):
         yield torch.randn(min(PIECE, _count(shape) - start), generator=generator).mul_(std).add_(mean)
