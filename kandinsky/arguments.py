@@ -116,6 +116,13 @@ def prompts(value: Any, name: str = "prompt") -> list[str]:
     raise TypeError(f"{name} is {given}; a string or a list of strings is needed")
 
 
+def text(value: Any, name: str) -> str:
+    """One string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a {type(value).__name__}; one string is needed")
+    return value
+
+
 def negative_prompts(value: Any, count: int) -> list[str] | None:
     """None, or one negative prompt for each prompt; a single one goes with all."""
     if value is None:
@@ -144,6 +151,22 @@ def number(value: Any, name: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; a finite number is needed")
     return float(value)
+
+
+def share(value: Any, name: str) -> float:
+    """A number in [0, 1]."""
+    if not 0 <= number(value, name) <= 1:
+        raise ValueError(f"{name} is {value}; allowed is 0 to 1")
+    return float(value)
+
+
+def batch(**counts: int) -> int:
+    """How many rows lists of such lengths make: all are equal, but one alone goes with all of the others."""
+    count = max(counts.values())
+    if any(n not in (1, count) for n in counts.values()):
+        given = ", ".join(f"{n} {name}" for name, n in counts.items())
+        raise ValueError(f"{given}: lists must be of equal length; one alone goes with all")
+    return count
 
 
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +26,16 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         # no "(default: None)" behind flags whose help says what absence means
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
+    """Which arguments stand on the command line, as against those that have their default."""
+    absent: list = []  # compared by identity
+    actions = {action.dest: action for action in parser._actions}
+    values = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(actions, absent))))
+    found = {name for name in actions if name in values and values[name] is not absent}
+    # argparse also fills in a positional argument that is left out
+    return {n for n in found if actions[n].option_strings or values[n] not in (None, [])}
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
@@ -80,9 +90,24 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
     )
 
 
-def add_size_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--height", type=int, help="pixels; default: the checkpoint's own")
-    parser.add_argument("--width", type=int, help="pixels; default: the checkpoint's own")
+def add_prompt(parser: ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts from a text file, a line each")
+
+
+def add_picture_flags(parser: ArgumentParser, **flags: str) -> None:
+    """flags: of image, mask, hint those that the script takes, with their help."""
+    for name in ("image", "mask", "hint"):
+        if name in flags:
+            more = f"{flags[name]}; repeat it for one per prompt"
+            parser.add_argument(f"--{name}", type=Path, action="append", metavar="FILE", help=more)
+        else:
+            parser.set_defaults(**{name: None})
+
+
+def add_size_flags(parser: ArgumentParser, default: str = "the checkpoint's own") -> None:
+    parser.add_argument("--height", type=int, help=f"pixels; default: {default}")
+    parser.add_argument("--width", type=int, help=f"pixels; default: {default}")
 
 
 def add_output_flags(parser: ArgumentParser) -> None:
@@ -91,6 +116,13 @@ def add_output_flags(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing file; else a free name is used"
+    )
+    parser.add_argument("--no-metadata", action="store_true", help="leave the settings out of the PNG")
+    parser.add_argument(
+        "--from-png",
+        type=Path,
+        metavar="FILE",
+        help="make this picture again, from its settings; pictures it came from are given again",
     )
 
 

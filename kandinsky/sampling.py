@@ -63,6 +63,11 @@ class Noise:
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
 
 
+def last_steps(timesteps: list[tuple[int, int]], strength: float) -> list[tuple[int, int]]:
+    """What a strength in [0, 1] leaves to run: the last int(num_steps × strength) steps."""
+    return timesteps[len(timesteps) - int(len(timesteps) * strength) :]
+
+
 def guide(out: Tensor, num_uncond: int, guidance_scale: float) -> Tensor:
     """Classifier-free guidance (arXiv:2207.12598, eq. 6, where the scale is w + 1).
 
@@ -110,20 +115,57 @@ def sample_latents(
     draw: Callable[[], Tensor],
     timesteps: list[tuple[int, int]],
     guidance_scale: float,
+    hint: Tensor | None = None,
 ) -> Iterator[Step]:
-    """From noise to latents.
+    """From noise, or from a noised picture's latents, to latents.
 
     Args:
         image_embeds: (b, d), or (2b, d) with the unconditional half first.
-        x: (b, 4, h, w) noise.
+        x: (b, 4, h, w) the sample at the first timestep.
         draw: gives the next noise, (b, 4, h, w).
         timesteps: (t, t_prev) pairs from the scheduler.
+        hint: (b, 3, 8h, 8w) in [0, 1], for a U-Net with a hint network.
     """
     num_uncond = len(image_embeds) - len(x)
-    plan = unet.prepare(image_embeds, [t for t, _ in timesteps])
+    hint = None if hint is None else torch.cat([hint[:num_uncond], hint])
+    plan = unet.prepare(image_embeds, [t for t, _ in timesteps], hint)
     for index, (t, t_prev) in enumerate(timesteps):
         eps, variance = unet.step(torch.cat([x[:num_uncond], x]), plan, index).chunk(2, dim=1)
         eps = guide(eps, num_uncond, guidance_scale)
         noise = draw() if scheduler.draws_noise(t, t_prev) else None
         x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:])
+        yield Step(index, len(timesteps), t, x, x0)
+
+
+@torch.no_grad()
+def sample_inpainting(
+    unet: UNet,
+    scheduler: DDPMScheduler | DDIMScheduler,
+    image_embeds: Tensor,
+    x: Tensor,
+    draw: Callable[[], Tensor],
+    timesteps: list[tuple[int, int]],
+    guidance_scale: float,
+    z: Tensor,
+    keep: Tensor,
+) -> Iterator[Step]:
+    """From noise to latents that are the picture's where these are kept.
+
+    Args:
+        z: (b, 4, h, w) the picture's latents.
+        keep: (b, 1, h, w) 1 where a latent is kept, 0 where it is repainted.
+        Others as in `sample_latents`; x is pure noise, and noises the kept latents too.
+    """
+    num_uncond, start = len(image_embeds) - len(x), x
+    known = torch.cat([z * keep, keep], dim=1)
+    plan = unet.prepare(image_embeds, [t for t, _ in timesteps])
+    levels = [t for t, _ in timesteps[1:]]  # that the sample has after each step but the last
+    for index, (t, t_prev) in enumerate(timesteps):
+        rows = torch.cat([x, known], dim=1)
+        eps, variance = unet.step(torch.cat([rows[:num_uncond], rows]), plan, index).chunk(2, dim=1)
+        eps = guide(eps, num_uncond, guidance_scale)
+        noise = draw() if scheduler.draws_noise(t, t_prev) else None
+        x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:])
+        kept = scheduler.add_noise(z, start, levels[index]) if index < len(levels) else z
+        x = keep * kept + (1 - keep) * x
         yield Step(index, len(timesteps), t, x, x0)

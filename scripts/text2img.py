@@ -1,49 +1,43 @@
-"""Draws pictures from a prompt."""
+"""Draws pictures from a prompt, from a prompt and a depth map, or as variations of a picture."""
 
 import sys
 
-import torch
-
-from kandinsky import Kandinsky, cli, images
+from kandinsky import ImageEmbeds, cli, drawing
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("prompt", help="what to draw")
+    cli.add_prompt(parser)
+    hint = "depth map, near is white; takes a checkpoint for hints"
+    cli.add_picture_flags(parser, image="in place of a prompt: draw variations of this picture", hint=hint)
     cli.add_sampling_flags(parser)
     cli.add_size_flags(parser)
     cli.add_model_flags(parser)
     cli.add_output_flags(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def vary(pipe, call, inputs):
+    embeds = ImageEmbeds(pipe.embed_image(inputs.pop("image")))
+    return pipe.text2img(embeds=embeds, **call, **inputs, progress=True)
 
 
 @cli.one_line_errors
 def main(argv=None) -> int:
-    args = parse_args(argv)
-    images.check_writable(args.out)
-    decoder = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", "mini-decoder")
-    pipe = Kandinsky.from_pretrained(
-        decoder, args.prior, args.device, getattr(torch, args.dtype), keep_loaded=not args.low_memory
-    )
-    for path in args.lora or []:
-        pipe.load_lora(path, args.lora_scale)
-    pictures = pipe.text2img(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        num_images_per_prompt=args.num_images,
-        guidance_scale=args.guidance_scale,
-        num_inference_steps=args.steps,
-        prior_num_inference_steps=args.prior_steps,
-        prior_guidance_scale=args.prior_guidance_scale,
-        seed=args.seed,
-        progress=True,
-    )
-    for picture, name, seed in zip(pictures, cli.numbered(args.out, len(pictures)), pipe.seeds):
-        path = cli.free_name(name, args.overwrite)
-        images.save_image(picture, path, args.overwrite)
-        print(f"{path} (seed {seed})")
+    args, settings = drawing.parse(make_parser(), "text2img", argv)
+    if settings is not None:
+        call = settings["call"]
+    elif args.image:
+        if drawing.prompts(args) is not None:
+            raise ValueError("give a prompt or --image, not both; img2img.py takes both")
+        call = {"prompt": None, **drawing.call_of(args)}
+    else:
+        call = {"prompt": drawing.need_prompts(args), **drawing.call_of(args)}
+    names = ("kandinsky-2-2-decoder", "mini-decoder")
+    if args.hint:
+        names = ("kandinsky-2-2-controlnet-depth", "mini-controlnet-depth")
+    run = vary if args.image else drawing.run_task("text2img")
+    drawing.draw("text2img", call, args, settings, names, run)
     return 0
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from kandinsky import Kandinsky
 from tests.small import write_checkpoints
 
 
@@ -8,6 +9,33 @@ from tests.small import write_checkpoints
 def decoder_folder(tmp_path_factory):
     """A small random Kandinsky 2.2, as diffusers writes it; the prior lies beside it. Read only."""
     return write_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def inpaint_folder(tmp_path_factory):
+    """As `decoder_folder`, with the nine channels of inpainting."""
+    return write_checkpoints(tmp_path_factory.mktemp("inpaint"), in_channels=9)
+
+
+@pytest.fixture(scope="session")
+def hint_folder(tmp_path_factory):
+    """As `decoder_folder`, with a hint network."""
+    return write_checkpoints(tmp_path_factory.mktemp("hint"), in_channels=8, hint=True)
+
+
+@pytest.fixture
+def pipe(decoder_folder) -> Kandinsky:
+    return Kandinsky.from_pretrained(decoder_folder)
+
+
+@pytest.fixture
+def inpainter(inpaint_folder) -> Kandinsky:
+    return Kandinsky.from_pretrained(inpaint_folder)
+
+
+@pytest.fixture
+def hinted(hint_folder) -> Kandinsky:
+    return Kandinsky.from_pretrained(hint_folder)
 
 
 @pytest.fixture(autouse=True)

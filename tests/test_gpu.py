@@ -1,10 +1,14 @@
 """On a CUDA device: the small pipeline against the CPU's, and half precision against float32."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from kandinsky import Kandinsky
+from kandinsky import Kandinsky, images
 from tests.helpers import relative_l2
+from tests.test_images import picture
+from tests.test_tasks import half_mask
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,3 +42,26 @@ def test_low_memory_frees_the_device(decoder_folder):
     before = torch.cuda.memory_allocated()
     pipe.text2img("a red cat", **SETTINGS)
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def draw_every_task(folders: dict[str, Path], device: str) -> list[torch.Tensor]:
+    """Latents of img2img, inpaint and hint img2img, and the embeddings of mix and embed_from."""
+    image, quick = picture(48, 32), {"num_inference_steps": 4, "prior_num_inference_steps": 3, "seed": 3}
+    quick |= {"output_type": "latent"}
+    pipe = Kandinsky.from_pretrained(folders["decoder"], device=device)
+    inpainter = Kandinsky.from_pretrained(folders["inpaint"], device=device)
+    hinted = Kandinsky.from_pretrained(folders["hint"], device=device)
+    out = [pipe.img2img("a red cat", image=image, strength=0.6, **quick)]
+    out += [inpainter.inpaint("a red cat", image=image, mask_image=half_mask(), **quick)]
+    out += [hinted.img2img("a red cat", image=image, hint=image, strength=0.6, **quick)]
+    out += [pipe.mix(["a red cat", image], [0.5, 0.5], "blurry", num_inference_steps=3, seed=1).image_embeds]
+    out += [pipe.embed_from(image, "a red cat", 0.7, num_inference_steps=4, seed=1).image_embeds]
+    kept = inpainter.inpaint("a", image=image, mask_image=half_mask() * 0, **{**quick, "output_type": "pt"})
+    assert torch.equal(kept[0].cpu(), images.picture(image))
+    return out
+
+
+def test_every_task_gives_the_cpus_result(decoder_folder, inpaint_folder, hint_folder):
+    folders = {"decoder": decoder_folder, "inpaint": inpaint_folder, "hint": hint_folder}
+    for ours, cpus in zip(draw_every_task(folders, "cuda"), draw_every_task(folders, "cpu"), strict=True):
+        assert ours.device.type == "cuda" and relative_l2(ours.cpu(), cpus) <= 1e-4

@@ -66,11 +66,6 @@ def reference_parts(reference) -> tuple[KandinskyV22PriorPipeline, KandinskyV22P
     return quiet(reference.prior_pipe), quiet(reference.decoder_pipe)
 
 
-@pytest.fixture
-def pipe(decoder_folder) -> Kandinsky:
-    return Kandinsky.from_pretrained(decoder_folder)
-
-
 def generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
@@ -699,11 +694,11 @@ def test_bad_folders_devices_and_dtypes_are_refused(decoder_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "channels, hint, message", [(9, False, "is for inpainting"), (8, True, "needs a hint")]
+    "channels, hint, message", [(9, False, "is for inpainting;"), (8, True, "needs a hint; pass hint=, or")]
 )
 def test_a_checkpoint_of_another_task_names_the_one_to_use(tmp_path, channels, hint, message):
     pipe = Kandinsky.from_pretrained(write_checkpoints(tmp_path, in_channels=channels, hint=hint))
-    with pytest.raises(CheckpointError, match=f"{message}; use kandinsky-2-2-decoder for text2img"):
+    with pytest.raises(CheckpointError, match=f"{message} use kandinsky-2-2-decoder for text2img"):
         pipe.text2img(PROMPT)
 
 

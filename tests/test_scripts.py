@@ -76,7 +76,7 @@ def test_a_drawn_seed_is_printed_and_repeats_the_picture(decoder_folder, tmp_pat
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "the following arguments are required: prompt; see --help"),
+        ([], "give a prompt, --prompts FILE or --from-png FILE; see --help"),
         (["cat", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
         (["cat", "--colour", "red"], "unrecognized arguments: --colour red; see --help"),
         (["cat", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
@@ -146,10 +146,23 @@ def test_a_cut_prompt_is_warned_of_in_one_line(decoder_folder, tmp_path, capsys)
     assert len(lines) == 1 and "warning: the prompt is longer" in lines[0]
 
 
-def test_help_explains_every_flag(capsys):
-    assert run("text2img", "--help") == 0
-    flags = """--negative-prompt --seed --num-images --steps --prior-steps --guidance-scale --height --width
-        --prior-guidance-scale --out --overwrite --device --dtype --weights --prior""".split()
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        ("text2img", "--prompts --image --hint"),
+        ("img2img", "--prompts --image --hint --strength"),
+        ("inpaint", "--prompts --image --mask --invert-mask --grow-mask --feather-mask --no-keep-unmasked"),
+        ("mix", "--image --mix-weights --frames --animation --negative-prior-prompt"),
+    ],
+)
+def test_help_explains_every_flag(capsys, script, more):
+    assert run(script, "--help") == 0
+    flags = (
+        """--negative-prompt --seed --num-images --steps --prior-steps --guidance-scale --height --width
+        --prior-guidance-scale --out --overwrite --device --dtype --weights --prior --from-png --no-metadata
+        --low-memory""".split()
+        + more.split()
+    )
     shown = capsys.readouterr().out
     assert all(re.search(rf"^  {flag}( |$)", shown, re.MULTILINE) for flag in flags)
     assert "decoder steps (default: 50)" in shown

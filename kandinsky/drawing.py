@@ -1,0 +1,177 @@
+"""What the drawing scripts share: from flags, or a picture's settings, to a call, and from it to files."""
+
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from kandinsky import cli, images, metadata
+from kandinsky.pipeline import Kandinsky
+
+# what a call's repetition may be given beside --from-png: where things lie, never what was drawn
+_BESIDE_FROM_PNG = {"from_png", "image", "mask", "hint", "lora", "weights", "prior", "device", "low_memory"}
+_BESIDE_FROM_PNG |= {"out", "overwrite", "no_metadata", "animation"}
+_FLAGS = {"image": "--image", "mask_image": "--mask", "hint": "--hint", "lora": "--lora"}
+
+Run = Callable[[Kandinsky, dict[str, Any], dict[str, list[Image.Image]]], list[Image.Image]]
+
+
+def parse(parser: cli.OneLineParser, task: str, argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
+    """The flags, and the settings of --from-png where it is given."""
+    args = parser.parse_args(argv)
+    if args.from_png is None:
+        return args, None
+    extra = sorted(cli.given(parser, argv) - _BESIDE_FROM_PNG)
+    if extra:
+        name = extra[0].replace("_", "-")
+        parser.error(f"--from-png repeats a whole call; it takes no {name} beside it")
+    settings = metadata.read(args.from_png)
+    if settings["task"] != task:
+        parser.error(f"{args.from_png} was made by {settings['task']}.py, which repeats it")
+    args.dtype, args.lora_scale = settings["dtype"], settings["lora_scale"]
+    if "device" not in cli.given(parser, argv):
+        args.device = settings["device"]
+    return args, settings
+
+
+def prompts(args: Namespace) -> list[str] | None:
+    """From the command line or --prompts FILE; None where neither is given."""
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError("give a prompt or --prompts FILE, not both")
+    if args.prompts is None:
+        return None if args.prompt is None else [args.prompt]
+    if args.prompts.stat().st_size > 2**20:
+        raise ValueError(f"{args.prompts} is larger than 1 MiB; a prompt a line is needed")
+    try:
+        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.prompts} is not UTF-8 text; a prompt a line is needed") from None
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"{args.prompts} holds no prompt")
+    return lines
+
+
+def need_prompts(args: Namespace) -> list[str]:
+    listed = prompts(args)
+    if listed is None:
+        raise ValueError("give a prompt, --prompts FILE or --from-png FILE; see --help")
+    return listed
+
+
+def call_of(args: Namespace) -> dict[str, Any]:
+    """The arguments that every task has."""
+    return {
+        "negative_prompt": args.negative_prompt,
+        "num_images_per_prompt": args.num_images,
+        "guidance_scale": args.guidance_scale,
+        "num_inference_steps": args.steps,
+        "prior_num_inference_steps": args.prior_steps,
+        "prior_guidance_scale": args.prior_guidance_scale,
+        "seed": args.seed,
+        "height": args.height,
+        "width": args.width,
+    }
+
+
+def run_task(task: str) -> Run:
+    """Calls the pipeline's method; one picture goes with every prompt, several go one with each."""
+
+    def run(pipe: Kandinsky, call: dict[str, Any], inputs: dict[str, list[Image.Image]]) -> list[Image.Image]:
+        return getattr(pipe, task)(**call, **inputs, progress=True)
+
+    return run
+
+
+def draw(
+    task: str, call: dict[str, Any], args: Namespace, settings: dict | None, names: tuple[str, str], run: Run
+) -> list[Path]:
+    """Opens the checkpoint, draws and writes; prints a line for each picture.
+
+    Args:
+        call: the arguments, or with settings those of the picture to be made again.
+        names: the official and the embedded checkpoint's.
+    """
+    images.check_writable(args.out)
+    files = {"image": args.image, "mask_image": args.mask, "hint": args.hint, "lora": args.lora}
+    files = {name: paths for name, paths in files.items() if paths}
+    decoder = cli.decoder_folder(args.weights, *names)
+    pictures = {name: paths for name, paths in files.items() if name != "lora"}
+    inputs = {name: [images.open_image(path) for path in paths] for name, paths in pictures.items()}
+    keep_loaded = not args.low_memory
+    dtype = getattr(torch, args.dtype)
+    pipe = Kandinsky.from_pretrained(decoder, args.prior, args.device, dtype, keep_loaded)
+    if settings is not None:
+        _compare(settings, pipe, files)
+    for path in args.lora or []:
+        pipe.load_lora(path, args.lora_scale)
+    with _threads(settings):
+        pictures = run(pipe, call, inputs)
+        return _write(pictures, args, pipe, task, call | {"seed": pipe.seeds}, files, settings)
+
+
+def _write(
+    pictures: list[Image.Image],
+    args: Namespace,
+    pipe: Kandinsky,
+    task: str,
+    call: dict[str, Any],
+    files: dict[str, list[Path]],
+    settings: dict | None,
+) -> list[Path]:
+    numbers = range(len(pictures)) if settings is None else [settings["index"]]
+    described = None
+    if images.check_suffix(args.out) == "PNG" and not args.no_metadata:
+        described = metadata.describe(pipe, task, call, 0, files, args.lora_scale)
+    paths = []
+    for number, name in zip(numbers, cli.numbered(args.out, len(numbers))):
+        path, picture, texts = cli.free_name(name, args.overwrite), pictures[number], None
+        if described is not None:
+            texts = metadata.texts(described | {"index": number}, picture.size)
+        images.save_image(picture, path, args.overwrite, texts)
+        print(f"{path} (seed {pipe.seeds[number % len(pipe.seeds)]})")
+        paths.append(path)
+    return paths
+
+
+def _compare(settings: dict, pipe: Kandinsky, files: dict[str, list[Path]]) -> None:
+    """What was given again must be what the picture was made from."""
+    if settings["inputs"].keys() != files.keys():
+        wanted = [f"{_FLAGS[n]} ({', '.join(f['name'] for f in fs)})" for n, fs in settings["inputs"].items()]
+        raise ValueError(
+            f"the picture was made from {' and '.join(wanted) or 'no other'}; give the same again"
+        )
+    fixed = [settings[name] for name in ("task", "call", "index")]
+    now = metadata.describe(pipe, *fixed, files, settings["lora_scale"])
+    for half, was in settings["checkpoint"].items():
+        found = now["checkpoint"][half]
+        if was is not None and (found is None or found["hash"] != was["hash"]):
+            there = "none" if found is None else f"{found['name']} ({found['hash'][:10]})"
+            flag = "--weights" if half == "decoder" else "--prior"
+            made = f"the picture was made with the {half} {was['name']} ({was['hash'][:10]}), found {there}"
+            raise ValueError(f"{made}; pass its folder with {flag}")
+    for name, was in settings["inputs"].items():
+        if [f["sha256"] for f in was] != [f["sha256"] for f in now["inputs"][name]]:
+            warnings.warn(f"{_FLAGS[name]} is another file than the picture was made from", stacklevel=2)
+    for name in ("versions", "device"):
+        if settings[name] != now[name]:
+            warnings.warn(
+                f"made with {name} {settings[name]}, now {now[name]}: bits may differ", stacklevel=2
+            )
+
+
+@contextmanager
+def _threads(settings: dict | None) -> Iterator[None]:
+    """Sums are split among threads, so their number changes the last bits."""
+    before = torch.get_num_threads()
+    try:
+        if settings is not None:
+            torch.set_num_threads(settings["threads"])
+        yield
+    finally:
+        torch.set_num_threads(before)

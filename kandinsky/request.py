@@ -1,0 +1,133 @@
+"""What a call of a task asks for: every argument checked, before any weight is read."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kandinsky import arguments
+from kandinsky.checkpoint import CheckpointError
+from kandinsky.embedding import Embedding, OnStep, Timesteps
+from kandinsky.sampling import ImageEmbeds
+
+LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
+OUTPUT_TYPES = ("pil", "pt", "latent")
+
+
+class Request(NamedTuple):
+    """What a call asks for, checked: the part that every task has.
+
+    Rows, one per image, are prompt × images_per_prompt + k.
+    """
+
+    texts: list[str] | None  # one per prompt, or None where embeds take their place
+    negatives: list[str] | None
+    embeds: ImageEmbeds | None
+    num_prompts: int
+    images_per_prompt: int
+    prior_settings: tuple[Timesteps, float] | None
+    guidance_scale: float
+    size: tuple[int, int]  # of the pictures to return
+    full_size: tuple[int, int]  # that they are made at: the next multiples of f²
+    latent_shape: tuple[int, int, int]  # of one image
+    latents: Tensor | None
+    output_type: str
+    watch: tuple[OnStep | None, bool]
+
+    def rows(self, items: list[Tensor]) -> Tensor:
+        """One item for every prompt, or one alone for all -> (images, …)"""
+        items = torch.stack(items)
+        return items.expand(self.num_prompts, *items.shape[1:]).repeat_interleave(self.images_per_prompt, 0)
+
+
+class Requests(Embedding):
+    """How `Kandinsky`'s tasks check their arguments."""
+
+    def _request(
+        self,
+        words: tuple[Any, Any, Any, Any, Any],
+        size: tuple[Any, Any],
+        latents: Any,
+        images_per_prompt: Any,
+        guidance_scale: Any,
+        seed: Any,
+        output_type: Any,
+        on_step: OnStep | None,
+        progress: bool,
+        **lists: list[Tensor] | None,
+    ) -> Request:
+        """Checks what all tasks share; draws the seeds. lists: the task's own pictures, masks, hints."""
+        prompt, embeds, negative_prompt, prior_num_steps, prior_scale = words
+        images_per_prompt = arguments.whole(images_per_prompt, "num_images_per_prompt")
+        arguments.choice(output_type, "output_type", OUTPUT_TYPES)
+        height, width = self._size(*size, lists.get("pictures"))
+        guidance_scale = arguments.number(guidance_scale, "guidance_scale")
+        texts, given = self._prompts_or_embeds(prompt, embeds, negative_prompt)
+        lengths = {name: len(items) for name, items in lists.items() if items is not None}
+        count = arguments.batch(**{"prompts" if texts else "embeds": given}, **lengths)
+        texts = texts and texts * (count // given)
+        negatives = arguments.negative_prompts(negative_prompt, count)
+        f = self.movq_config.downscale
+        full_size = (-(-height // f**2) * f**2, -(-width // f**2) * f**2)
+        shape = (self.unet_config.latent_channels, full_size[0] // f, full_size[1] // f)
+        latents = arguments.noise(latents, ((count * images_per_prompt, *shape),))
+        self.seeds = arguments.seeds(seed, count * images_per_prompt)
+        prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_") if texts else None
+        needs_movq = output_type != "latent" or "pictures" in lists
+        needed = (["text_encoder", "prior"] if texts else []) + ["unet"] + (["movq"] if needs_movq else [])
+        self.check_files(*needed)
+        if guidance_scale > 1 and (negatives if texts else embeds.negative_image_embeds) is None:
+            self.check_zero_image()
+        words = (texts, negatives, embeds, count, images_per_prompt, prior_settings, guidance_scale)
+        return Request(*words, (height, width), full_size, shape, latents, output_type, (on_step, progress))
+
+    def _check_task(self, task: str, hint: Any) -> None:
+        config, name = self.unet_config, self.decoder_folder
+        inpaints = config.in_channels > config.latent_channels and not config.hint
+        if inpaints != (task == "inpaint"):
+            own = "for inpainting" if inpaints else "not for inpainting"
+            needed = "kandinsky-2-2-decoder" + ("" if inpaints else "-inpaint")
+            raise CheckpointError(f"{name} is {own}; use {needed} for {task}")
+        if config.hint and hint is None:
+            raise CheckpointError(f"{name} needs a hint; pass hint=, or use kandinsky-2-2-decoder for {task}")
+        if hint is not None and not config.hint:
+            raise CheckpointError(
+                f"{name} takes no hint; use kandinsky-2-2-controlnet-depth for {task} with one"
+            )
+
+    def _prompts_or_embeds(
+        self, prompt: Any, embeds: Any, negative_prompt: Any
+    ) -> tuple[list[str] | None, int]:
+        """The prompts, or None where embeds take their place; and how many there are."""
+        if embeds is None:
+            if prompt is None:
+                raise ValueError("give a prompt, or embeds=ImageEmbeds(…) made by embed()")
+            texts, dim = arguments.prompts(prompt), self.prior_config.embedding_dim
+            if dim != self.unet_config.embedding_dim:
+                needed = f"{self.decoder_folder} needs {self.unet_config.embedding_dim}"
+                raise CheckpointError(f"the prior makes embeddings of width {dim}; {needed}")
+            return texts, len(texts)
+        if prompt is not None or negative_prompt is not None:
+            raise ValueError("give either prompts or embeds: the prompts are in the embeds already")
+        if not isinstance(embeds, ImageEmbeds):
+            given = f"embeds is a {type(embeds).__name__}"
+            raise TypeError(f"{given}; ImageEmbeds(image_embeds, negative_image_embeds) is needed")
+        dim = self.unet_config.embedding_dim
+        count = len(arguments.embeddings(embeds.image_embeds, dim, "embeds.image_embeds"))
+        if embeds.negative_image_embeds is not None:
+            name = "embeds.negative_image_embeds"
+            negative_count = len(arguments.embeddings(embeds.negative_image_embeds, dim, name))
+            if negative_count not in (1, count):
+                raise ValueError(f"{negative_count} negative embeddings for {count}; give one, or as many")
+        return None, count
+
+    def _size(self, height: Any, width: Any, pictures: list[Tensor] | None = None) -> tuple[int, int]:
+        own = [self.unet_config.sample_size * self.movq_config.downscale] * 2
+        if pictures is not None:
+            own, *others = dict.fromkeys(tuple(x.shape[-2:]) for x in pictures)
+            if others and None in (height, width):
+                sizes = ", ".join(f"{w}×{h}" for h, w in [own, *others])
+                raise ValueError(f"the pictures' sizes differ ({sizes}); give height and width")
+        height = own[0] if height is None else arguments.whole(height, "height", 1, LONGEST_SIDE)
+        width = own[1] if width is None else arguments.whole(width, "width", 1, LONGEST_SIDE)
+        return height, width

@@ -1,0 +1,109 @@
+"""Mixes what prompts and pictures show, or draws the way from one to another."""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from kandinsky import ImageEmbeds, cli, drawing, images
+
+
+def make_parser():
+    parser = cli.OneLineParser(__doc__)
+    parser.add_argument("prompt", nargs="*", help="what to mix: prompts")
+    cli.add_picture_flags(parser, image="what to mix: a picture")
+    parser.add_argument(
+        "--mix-weights",
+        type=float,
+        nargs="+",
+        metavar="W",
+        help="one for each prompt, then one for each picture; default: equal shares of one",
+    )
+    parser.add_argument("--frames", type=int, help="draw so many steps from the first item to the second")
+    parser.add_argument(
+        "--animation", type=Path, metavar="FILE", help="of the frames, .gif or .webp; default: beside --out"
+    )
+    parser.add_argument("--negative-prior-prompt", help="what the prior leads every prompt away from")
+    cli.add_sampling_flags(parser)
+    cli.add_size_flags(parser)
+    cli.add_model_flags(parser)
+    cli.add_output_flags(parser)
+    return parser
+
+
+def call_of(args) -> dict:
+    count = len(args.prompt) + len(args.image or [])
+    if not count:
+        raise ValueError("give prompts or --image FILE to mix; see --help")
+    if args.frames is not None and (count != 2 or args.mix_weights or args.num_images > 1):
+        raise ValueError("--frames leads from one item to another: two items, no weights, one picture each")
+    if args.frames is not None and args.frames < 2:
+        raise ValueError(f"--frames is {args.frames}; at least 2 are needed")
+    if args.animation is not None and args.frames is None:
+        raise ValueError("--animation is made of --frames; give their number")
+    weights = args.mix_weights or [1 / count] * count
+    more = {"weights": weights, "negative_prior_prompt": args.negative_prior_prompt, "frames": args.frames}
+    return {"prompt": args.prompt, **drawing.call_of(args), **more}
+
+
+def decoder_call(call: dict) -> dict:
+    names = ("guidance_scale", "num_inference_steps", "height", "width")
+    return {name: call[name] for name in names}
+
+
+def mix(pipe, call: dict, inputs: dict, weights: list[float]) -> ImageEmbeds:
+    return pipe.mix(
+        call["prompt"] + inputs.get("image", []),
+        weights,
+        call["negative_prompt"] or "",
+        call["negative_prior_prompt"],
+        call["num_images_per_prompt"],
+        call["prior_num_inference_steps"],
+        call["prior_guidance_scale"],
+        call["seed"],
+        progress=True,
+    )
+
+
+def draw_mixture(pipe, call, inputs):
+    embeds = mix(pipe, call, inputs, call["weights"])
+    return pipe.text2img(embeds=embeds, seed=pipe.seeds, **decoder_call(call), progress=True)
+
+
+def draw_frames(pipe, call, inputs):
+    """Every frame from the same noise: only what it shows moves."""
+    first = mix(pipe, call, inputs, [1, 0])
+    last = mix(pipe, call | {"seed": pipe.seeds}, inputs, [0, 1])
+    frames, seeds = [], pipe.seeds
+    for share in torch.linspace(0, 1, call["frames"]):
+        between = ImageEmbeds(torch.lerp(first[0], last[0], share), first[1])
+        frames += pipe.text2img(embeds=between, seed=seeds, **decoder_call(call), progress=True)
+    return frames
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args, settings = drawing.parse(make_parser(), "mix", argv)
+    call = call_of(args) if settings is None else settings["call"]
+    if call["frames"] is not None:
+        args.animation = args.animation or args.out.with_suffix(".gif")
+        images.check_writable(args.animation, images.ANIMATIONS)
+    frames = []
+
+    def run(pipe, call, inputs):
+        if call["frames"] is None:
+            return draw_mixture(pipe, call, inputs)
+        frames.extend(draw_frames(pipe, call, inputs))
+        return [images.grid(frames, math.ceil(math.sqrt(len(frames))))]
+
+    drawing.draw("mix", call, args, settings, ("kandinsky-2-2-decoder", "mini-decoder"), run)
+    if frames:
+        path = cli.free_name(args.animation, args.overwrite)
+        images.save_animation(frames, path, args.overwrite)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
