@@ -6,7 +6,6 @@ float32, and ours may lie no farther from it than diffusers in the same half pre
 
 import functools
 import gc
-import logging
 import statistics
 import sys
 import tempfile
@@ -418,6 +417,15 @@ def check(component: str, settings: Settings) -> Iterator[Row]:
     gc.collect()
 
 
+def quiet_libraries() -> None:
+    """Importing them sets their loggers' levels, so it is done first."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+
+
 def line(row: Row) -> str:
     theirs = "" if row.theirs is None else f"{row.theirs:.2e}"
     numbers = f"{row.max_abs:>10.1e}{row.relative_l2:>13.2e}{theirs:>13}{row.allowed:>11.1e}"
@@ -462,8 +470,7 @@ def settings_of(args: Any) -> Settings:
 def main(argv=None) -> int:
     args = parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for library in ("diffusers", "transformers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
     settings, say, found = settings_of(args), functools.partial(print, flush=True), []
     where = args.weights or f"random weights, {settings.size} sizes"
