@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,9 +42,7 @@ class File:
     bytes: int | None = None
     sha256: str | None = None
     git_sha1: str | None = None  # the hub's name for small files
-    pickle: str | None = (
-        None  # the file's name in the repository, where it is to be converted after its arrival
-    )
+    pickle: str | None = None  # its name in the repository, where it is to be converted after its arrival
 
     @property
     def is_known(self) -> bool:
@@ -136,7 +135,7 @@ def download(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    _check_space(out, sum(_missing_bytes(r.with_record(out / r.name), out / r.name) for r in repositories))
+    check_space(out, sum(_missing_bytes(r.with_record(out / r.name), out / r.name) for r in repositories))
     for repository in repositories:
         folder = out / repository.name
         with _exclusive(folder):
@@ -243,7 +242,7 @@ class _Fetch:
         from kandinsky.convert import convert
 
         self.say(f"{self.repository.name}: converting {source.name}")
-        _check_space(self.folder, source.stat().st_size)
+        check_space(self.folder, source.stat().st_size)
         convert(source, (self.folder / name).parent, overwrite=True)
         source.unlink()
 
@@ -327,11 +326,12 @@ def _missing_bytes(repository: Repository, folder: Path) -> int:
     return sum(max(size - found, 0) for size, found in there)
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
+    """Raises a DownloadError where the disk has no room for so many bytes."""
     free = shutil.disk_usage(folder).free
     if needed and needed + _SPARE > free:
         raise DownloadError(
-            f"{folder.resolve()} has {_human(free)} free, {_human(needed)} are needed; make room, fetch one "
+            f"{folder.resolve()} has {_human(free)} free, {_human(needed)} are needed; make room, take one "
             "part at a time with --only, or name a folder on another disk with --out"
         )
 
@@ -368,7 +368,10 @@ def _plain_http() -> Iterator[None]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            # it warns of little space twice before the error that says so
+            warnings.filterwarnings("ignore", "Not enough free disk space")
+            yield
     finally:
         logging.set_verbosity(verbosity)
 

@@ -1,6 +1,5 @@
 """What several test files use: random weights that hide nothing, the distance in which parity is stated."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -38,28 +37,3 @@ def norms(model: nn.Module) -> dict[str, tuple[float, int]]:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def write_tiny_tokenizer(folder: Path) -> Path:
-    """A byte-level CLIP vocabulary: 256 bytes, 256 that end a word, a few merges, the two specials last."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    rest = [b for b in range(256) if b not in printable]
-    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
-    merges = ["r e", "re d</w>", "c a", "ca t</w>", "a n"]
-    vocab = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(vocab)}), encoding="utf-8"
-    )
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    special["pad_token"] = "<|endoftext|>"
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
-    settings = {**special, "do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder

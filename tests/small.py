@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from kandinsky.config import read_config
-from tests.helpers import randomize, write_tiny_tokenizer
+from kandinsky.random_weights import write_tokenizer
+from tests.helpers import randomize
 
 EMBEDDING_DIM = 32
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": True, "steps_offset": 1}
@@ -95,7 +96,7 @@ def write_checkpoints(
     reference_prior(seed).save_pretrained(prior / "prior")
     reference_text_encoder(seed).save_pretrained(prior / "text_encoder")
     reference_image_encoder(seed).save_pretrained(prior / "image_encoder")
-    write_tiny_tokenizer(prior / "tokenizer")
+    write_tokenizer(prior / "tokenizer")
     CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24).save_pretrained(prior / "image_processor")
     unclip = {"prediction_type": "sample", "variance_type": "fixed_small_log", "clip_sample_range": 10.0}
     UnCLIPScheduler(**unclip).save_pretrained(prior / "scheduler")

@@ -8,7 +8,8 @@ from transformers import CLIPTokenizer
 
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, PromptTokenizer
-from tests.helpers import SHARED, randn, relative_l2, write_tiny_tokenizer
+from kandinsky.random_weights import write_tokenizer
+from tests.helpers import SHARED, randn, relative_l2
 from tests.small import ours, reference_image_encoder, reference_text_encoder
 
 END = 518
@@ -85,7 +86,7 @@ def test_wrong_inputs_are_refused_with_both_sizes():
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    return write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_tokens_are_transformers_up_to_padding(tokenizer_folder):

@@ -1,5 +1,8 @@
 """The released sizes, every tensor random: ours against diffusers and transformers, sharing their weights."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -15,8 +18,9 @@ from diffusers import (
 from transformers import CLIPTextConfig as ReferenceTextConfig
 from transformers import CLIPTextModelWithProjection
 
-from kandinsky import ImageEmbeds, Kandinsky
+from kandinsky import ImageEmbeds, Kandinsky, random_weights
 from kandinsky.checkpoint import write_json
+from kandinsky.cli import WEIGHTS
 from kandinsky.config import HINT_UNET, INPAINT_UNET, MoVQConfig, PriorConfig, UNetConfig
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.movq import MoVQ
@@ -107,6 +111,39 @@ def test_movq_matches_diffusers():
         print(f"movq 512 px, inputs × {scale}: encode {encode_error:.1e}, decode {decode_error:.1e}")
         assert encode_error <= 1e-5
         assert decode_error <= 3e-5  # diffusers' float32 lies 4e-6 to 1e-5 from its float64 here (DESIGN §5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "network, reference_class, config",
+    [(Prior, PriorTransformer, PriorConfig()), (MoVQ, VQModel, MoVQConfig())],
+    ids=["prior", "movq"],
+)
+def test_what_diffusers_saves_loads_here_and_the_reverse(network, reference_class, config, tmp_path):
+    model, reference = both(network, reference_class, config)
+    reference.save_pretrained(tmp_path, max_shard_size="1GB")  # in shards where it is larger
+    loaded = network.from_pretrained(tmp_path)
+    expected = model.state_dict()
+    assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
+    del loaded
+    shutil.rmtree(tmp_path)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / network.weights_name).stat().st_size
+    assert size == random_weights.file_size(random_weights.layout(network, config)), "the official byte count"
+    theirs = reference_class.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(theirs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("part", random_weights.PARTS)
+def test_written_files_have_the_official_byte_count(part, tmp_path):
+    """Every network of every 2.2 repository, one after the other, by the size on disk."""
+    files = json.loads((WEIGHTS / "manifest.json").read_text())["repositories"]
+    name = random_weights.PRIOR_FOLDER if part == "prior" else random_weights.DECODERS[part][0]
+    for subfolder, network, config in random_weights._networks(part, "released"):
+        random_weights.write_network(tmp_path / subfolder, network, config, 0, say=print)
+        size = (tmp_path / subfolder / network.weights_name).stat().st_size
+        assert size == files[name]["files"][f"{subfolder}/{network.weights_name}"]["bytes"]
+        shutil.rmtree(tmp_path / subfolder)
 
 
 @torch.no_grad()
