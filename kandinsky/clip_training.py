@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from kandinsky.checkpoint import Pretrained
@@ -241,7 +241,8 @@ class CLIPObjective(Objective):
         if "caption" in self.heads:
             own, real = ids[: len(pixels)], batch["mask"][: len(pixels), 1:]
             logits = self.heads["caption"](blurred, own).float()
-            losses["caption"] = F.cross_entropy(logits[:, 1:][real], own[:, 1:][real])
+            errors = F.cross_entropy(logits[:, 1:].mT, own[:, 1:], reduction="none")
+            losses["caption"] = shared_mean(errors, real)
         if "picture" in self.heads:
             small = F.interpolate(pixels, (SIDE, SIDE), mode="area")
             losses["picture"] = F.l1_loss(self.heads["picture"](blurred), small)
@@ -317,10 +318,20 @@ class TowerObjective(Objective):
 
 
 def scene_loss(logits: list[Tensor], labels: Tensor) -> Tensor:
+    """Of shape, colour and size, each over the places where there is one to tell."""
+    parts = zip(logits, labels.unbind(dim=-1))
     return sum(
-        F.cross_entropy(part.flatten(0, 1), label.flatten(), ignore_index=-1)
-        for part, label in zip(logits, labels.unbind(dim=-1))
+        shared_mean(F.cross_entropy(part.mT, label.clamp(min=0), reduction="none"), label >= 0)
+        for part, label in parts
     )
+
+
+def shared_mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """This process's share of the mean of the chosen values of all: the processes' mean is that of one."""
+    count = chosen.sum().float()
+    if world_size() > 1:
+        distributed.all_reduce(count)
+    return (values * chosen).sum() * world_size() / count.clamp(min=1)
 
 
 def all_right(logits: list[Tensor], labels: Tensor) -> float:

@@ -302,7 +302,7 @@ def widen(unet: UNet, wider: UNet) -> UNet:
 
 
 def random_masks(draws: Draws, x0: Tensor) -> Tensor:
-    """Rectangles to repaint, a quarter to all of each side: (b, 1, h, w), 0 in them and 1 where all is kept"""
+    """Rectangles to repaint, a quarter to all of each side: (b, 1, h, w), 0 in them and 1 outside"""
     masks = []
     for side, numbers in zip(x0.shape[-2:], (draws.rand(2), draws.rand(2))):
         length = 0.25 + 0.75 * numbers[:, :1]
