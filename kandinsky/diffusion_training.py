@@ -38,7 +38,7 @@ def noised(scheduler: Scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """A table's values at (b,) timesteps, shaped to go with (b, …)"""
-    return table.to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1))
+    return table.to(like.device, like.dtype)[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def prior_loss(
@@ -85,8 +85,9 @@ def variance_bound(
     eps, variance: (b, c, h, w), the network's two halves; variance -1 stands for the smallest, 1 for the
     largest. -> (b,)
     """
-    betas, alphas_cumprod = scheduler.betas, scheduler.alphas_cumprod
-    before = torch.cat([torch.ones(1), alphas_cumprod[:-1]])
+    betas = scheduler.betas.double()  # 1 minus a level near 1 would lose four digits
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
     smallest = betas * (1 - before) / (1 - alphas_cumprod)
     smallest = torch.cat([smallest[1:2], smallest[1:]]).log()  # it is zero at t = 0
     of_x0, of_x = (
@@ -110,10 +111,12 @@ def variance_bound(
 
 def discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Of the 1/127.5 wide bin around each value, open at ±1 (arXiv:2006.11239, eq. 13)"""
-    above = torch.special.ndtr((x0 + 1 / 255 - mean) / std)
-    below = torch.special.ndtr((x0 - 1 / 255 - mean) / std)
-    above, below = above.masked_fill(x0 > 0.999, 1.0), below.masked_fill(x0 < -0.999, 0.0)
-    return (above - below).clamp(min=1e-12).log()
+    lower = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -torch.inf)
+    upper = ((x0 + 1 / 255 - mean) / std).masked_fill(x0 > 0.999, torch.inf)
+    flip = lower > 0  # near 1 the difference of two probabilities has no digits left; near 0 it has
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    share = (torch.erfc(-upper / 2**0.5) - torch.erfc(-lower / 2**0.5)) / 2
+    return share.clamp(min=1e-12).log()
 
 
 class PriorObjective(Objective):
