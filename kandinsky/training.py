@@ -66,7 +66,8 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def sample(self, draws: "Draws") -> tuple[Tensor | None, dict[str, float]]:
-        """A grid of pictures in [0, 1], (rows, columns, 3, h, w), and measurements on fresh data."""
+        """A grid of pictures in [0, 1], (rows, columns, 3, h, w), and measurements on fresh data. Only the
+        first process calls it: it must wait for no other."""
         return None, {}
 
     def save(self, folder: Path) -> None:
@@ -197,10 +198,10 @@ class Trainer:
                 last = self.step == settings.steps
                 if main and (self.step % 10 == 0 or last):
                     self._report(metrics, time.perf_counter() - started, bar)
-                if main and (self.step % settings.sample_every == 0 or last):
-                    self.sample()
                 if main and (self.step % settings.save_every == 0 or last):
                     self.save()
+                if main and (self.step % settings.sample_every == 0 or last):
+                    self.sample()
         bar.close()
         if world_size() > 1:
             distributed.barrier()

@@ -23,7 +23,7 @@ def clip_objective(tokenizer: Path) -> CLIPObjective:
     prompts = PromptTokenizer.from_pretrained(tokenizer)
     image = initialize(CLIPImageEncoder(CLIPImageConfig(32, 8, 32, 1, 2, 64, 32)), 0)
     text = initialize(CLIPTextEncoder(CLIPTextConfig(len(prompts.tokenizer), 77, 32, 1, 2, 64, 32)), 1)
-    return CLIPObjective(image, text, prompts, Shapes(0, 32), {})
+    return CLIPObjective(image, text, prompts, Shapes(0, 32), {"fresh": Shapes(1, 32)})
 
 
 def main(kind: str, folder: str, steps: str, batch_size: str, tokenizer: str = "") -> None:
