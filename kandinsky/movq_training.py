@@ -10,15 +10,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from kandinsky.images import to_unit_range
 from kandinsky.movq import MoVQ
-from kandinsky.training import Draws, Objective
+from kandinsky.training import Draws, Objective, initialize
 
 COMMITMENT = 0.25  # arXiv:1711.00937, eq. 3
 LATENT_NOISE = 0.04  # what a sampler leaves over: latents that small steps change little are easier to sample
+
+
+class Discriminator(nn.Module):
+    """Tells pictures from reconstructions, patch by patch (arXiv:2012.09841, eq. 5), without batch norms."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        widths, layers = (3, width, 2 * width, 4 * width), []
+        for c_in, c_out in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(b, 3, h, w) -> (b, 1, h/8, w/8), above 0 for pictures"""
+        return self.layers(pixels).float()
+
+
+def adversarial_losses(discriminator: nn.Module, out: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The autoencoder's loss, which does not reach the discriminator, and the discriminator's, a hinge."""
+    frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
+    fooled = -functional_call(discriminator, frozen, (out,)).mean()
+    of_pictures, of_copies = discriminator(pixels), discriminator(out.detach())
+    return fooled, F.relu(1 - of_pictures).mean() + F.relu(1 + of_copies).mean()
 
 
 class MoVQObjective(Objective):
@@ -32,12 +56,16 @@ class MoVQObjective(Objective):
         edges: float = 0.5,
         codebook: float = 0.1,
         bounds: float = 1.0,
+        adversarial: float = 0.0,
         crop: int | None = None,
         frozen_encoder: bool = False,
     ):
         super().__init__()
         self.movq, self.data, self.fresh, self.crop = movq, data, fresh, crop
         self.edges, self.codebook, self.bounds = edges, codebook, bounds
+        self.adversarial = adversarial
+        if adversarial:
+            self.discriminator = initialize(Discriminator(), 0)
         if frozen_encoder:
             for part in (movq.encoder, movq.quant_conv, movq.quantize):
                 part.requires_grad_(False)
@@ -67,6 +95,9 @@ class MoVQObjective(Objective):
         loss = losses["absolute"] + 2 * losses["squared"] + self.edges * losses["edges"]
         loss = loss + self.bounds * losses["bounds"]
         loss = loss + self.codebook * (losses["codebook"] + COMMITMENT * losses["commitment"])
+        if self.adversarial:
+            losses["fooled"], losses["discriminator"] = adversarial_losses(self.discriminator, out, pixels)
+            loss = loss + self.adversarial * losses["fooled"] + losses["discriminator"]
         numbers = {name: value.detach() for name, value in losses.items()}
         return loss, {**numbers, "std": z.detach().std()}
 

@@ -17,6 +17,9 @@ def parse_args(argv=None):
     parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--codes", type=int, default=1024, help="size of the codebook")
     parser.add_argument("--crop", type=int, help="train on crops of so many pixels, the busier ones")
+    parser.add_argument(
+        "--adversarial", type=float, default=0.0, help="weight of a discriminator's judgement"
+    )
     parser.add_argument("--freeze-encoder", action="store_true", help="train what decodes, keep the latents")
     training_cli.add_training_flags(parser, batch_size=16, learning_rate=1.5e-3)
     return parser.parse_args(argv)
@@ -34,7 +37,8 @@ def main(argv=None) -> int:
         movq = initialize(MoVQ(config), args.seed)
     fresh = next(iter(training_cli.fresh_data_of(args).values()))
     data = training_cli.data_of(args)
-    objective = MoVQObjective(movq, data, fresh, crop=args.crop, frozen_encoder=args.freeze_encoder)
+    settings = {"adversarial": args.adversarial, "crop": args.crop, "frozen_encoder": args.freeze_encoder}
+    objective = MoVQObjective(movq, data, fresh, **settings)
     training_cli.train(objective, args, ResnetBlock, AttentionBlock)
     return 0
 

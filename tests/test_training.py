@@ -25,7 +25,7 @@ from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Shapes, shuffled
 from kandinsky.diffusion_training import DecoderObjective, PriorObjective, decoder_loss, prior_loss, widen
 from kandinsky.embedding_cache import Cache
-from kandinsky.movq_training import MoVQObjective
+from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
@@ -263,6 +263,19 @@ def test_inpainting_and_hint_decoders_learn_their_entrance(entrance):
     )
     objective.loss(objective.batch([0, 1, 2, 3]), Draws("0", slice(None), 4))[0].backward()
     assert objective.unet.conv_in.weight.grad[:, 4:].abs().amax(dim=(0, 2, 3)).min() > 0
+
+
+def test_discriminator_and_autoencoder_each_learn_from_their_own_loss():
+    discriminator = initialize(Discriminator(8), 0)
+    out, pixels = randn(4, 3, 16, 16).requires_grad_(), randn(4, 3, 16, 16, seed=1)
+    fooled, own = adversarial_losses(discriminator, out, pixels)
+    fooled.backward()
+    assert out.grad.abs().max() > 0 and all(p.grad is None for p in discriminator.parameters())
+    better = discriminator((out - out.grad / out.grad.norm()).detach()).mean()
+    assert better > discriminator(out).mean()  # the autoencoder's gradient leads to what looks real
+    out.grad = None
+    own.backward()
+    assert out.grad is None and discriminator.layers[0].weight.grad.abs().max() > 0
 
 
 def test_checkpointing_changes_no_gradient():
