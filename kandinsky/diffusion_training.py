@@ -231,6 +231,8 @@ class DecoderObjective(Objective):
 
     def loss(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         x0 = batch["latents"]
+        if self.scheduler.clip_sample:  # what lies outside cannot be drawn
+            x0 = x0.clamp(-self.scheduler.clip_sample_range, self.scheduler.clip_sample_range)
         t, noise = draws.randint(self.scheduler.num_train_steps), draws.randn(*x0.shape[1:])
         dropped = (draws.rand() < DROPPED)[:, None]
         image_embeds = torch.where(dropped, self.zero_image_embeds.to(x0.device), batch["image_embeds"])

@@ -55,7 +55,11 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
     def encode(samples) -> dict[str, Tensor]:
         pixels = samples.pixels.to(device)
         size = image_encoder.config.image_size
-        out = {"image_embeds": image_encoder(clip_normalize(pixels, size)), "latents": movq.encode(pixels)}
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            out = {
+                "image_embeds": image_encoder(clip_normalize(pixels, size)),
+                "latents": movq.encode(pixels),
+            }
         if args.task == "hint":
             hints = [torch.from_numpy(depth_hint(scene, args.size)) for scene in samples.scenes]
             out["hint"] = torch.stack(hints)[:, None].expand(-1, 3, -1, -1).float() / 255
@@ -96,7 +100,7 @@ def make_objective(args) -> DecoderObjective:
         painter = Painter(movq, samples, image_encoder(pixels))
     return DecoderObjective(
         unet,
-        DDPMScheduler(),
+        DDPMScheduler(clip_sample=args.task != "inpaint"),
         cache,
         zero_image_embeds(image_encoder),
         painter,

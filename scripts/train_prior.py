@@ -44,7 +44,9 @@ def encode_data(args) -> list:
     def encode(samples) -> dict:
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
         texts = encode_texts(text_encoder, tokenizer, samples.captions)
-        return {"image_embeds": image_encoder(pixels), **texts}
+        with torch.autocast(image_encoder.device.type, torch.bfloat16, enabled=args.bf16):
+            image_embeds = image_encoder(pixels)
+        return {"image_embeds": image_embeds, **texts}
 
     data, fresh = training_cli.data_of(args), next(iter(training_cli.fresh_data_of(args).values()))
     sets = {"train": (data, args.count), "fresh": (fresh, 512)}
