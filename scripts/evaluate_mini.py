@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 from kandinsky import Kandinsky, cli
 from kandinsky.checkpoint import write_json
-from kandinsky.clip_training import clip_normalize
+from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.datasets import Samples, Shapes
 from kandinsky.images import save_image, to_pil
 from kandinsky.judge import judge
@@ -31,6 +32,9 @@ def parse_args(argv=None):
     parser.add_argument("--weights", type=Path, default=cli.WEIGHTS / "mini-decoder", help="decoder folder")
     parser.add_argument(
         "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
+    )
+    parser.add_argument(
+        "--clip", type=Path, help="folder that the decoder's embeddings came from; default: the prior's"
     )
     parser.add_argument(
         "--seen", type=int, default=300, help="captions of colour-shape pairs seen in training"
@@ -71,11 +75,12 @@ def score(pictures: list, samples: Samples) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_parts(pipe: Kandinsky, samples: Samples) -> dict[str, float]:
+def measure_parts(pipe: Kandinsky, image_encoder: nn.Module, samples: Samples) -> dict[str, float]:
     """MoVQ's reconstruction, and how near the prior comes to the embeddings of its captions' pictures."""
     pixels = samples.pixels.to(pipe.device)
     restored = pipe.movq.decode(pipe.movq.encode(pixels))
-    true = pipe.image_encoder(clip_normalize(pixels, pipe.image_encoder.config.image_size))
+    true = image_encoder(clip_normalize(pixels, image_encoder.config.image_size))
+    tower = pipe.image_encoder(clip_normalize(pixels, image_encoder.config.image_size))
     drawn = pipe.embed(samples.captions, seed=0).image_embeds
     mean = true.mean(dim=0)  # cosines of raw embeddings would flatter: all share this part
 
@@ -86,6 +91,7 @@ def measure_parts(pipe: Kandinsky, samples: Samples) -> dict[str, float]:
         "movq psnr": round(psnr(restored, pixels), 2),
         "prior cosine to its caption's picture": cosine(drawn, true),
         "prior cosine to another caption's picture": cosine(drawn, true.roll(1, dims=0)),
+        "image tower cosine to what the decoder was trained on": cosine(tower, true),
     }
 
 
@@ -99,6 +105,7 @@ def grid_of(pictures: list) -> Image.Image:
 def main(argv=None) -> int:
     args = parse_args(argv)
     pipe = Kandinsky.from_pretrained(args.weights, args.prior, args.device)
+    image_encoder = load_image_encoder(args.clip or pipe.need_prior())
     size = pipe.unet_config.sample_size * pipe.movq_config.downscale
     sets = {
         "seen": (Shapes(SEED, size), args.seen),
@@ -110,9 +117,10 @@ def main(argv=None) -> int:
         pictures = draw(pipe, samples.captions, args)
         results[name] = score(pictures, samples)
         rows += pictures[: 24 if count >= 24 else 0]
-        embeds = pipe.image_encoder(clip_normalize(samples.pixels, pipe.image_encoder.config.image_size))
+        with torch.no_grad():
+            embeds = image_encoder(clip_normalize(samples.pixels, size))
         results[f"{name}, from true embeddings"] = score(draw(pipe, samples.captions, args, embeds), samples)
-    results["parts"] = measure_parts(pipe, Shapes(SEED, size).load(list(range(args.pictures))))
+    results["parts"] = measure_parts(pipe, image_encoder, Shapes(SEED, size).load(list(range(args.pictures))))
     print(json.dumps(results, indent=2))
     if args.out is not None:
         write_json(results, args.out)
