@@ -40,6 +40,7 @@ def parse_args(argv=None):
         "--seen", type=int, default=300, help="captions of colour-shape pairs seen in training"
     )
     parser.add_argument("--held-out", type=int, default=100, help="captions with a pair never trained on")
+    parser.add_argument("--true", type=int, default=100, help="of each, drawn from true embeddings too")
     parser.add_argument("--pictures", type=int, default=256, help="that MoVQ and prior are measured on")
     parser.add_argument("--batch-size", type=int, default=50, help="pictures drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
@@ -117,9 +118,12 @@ def main(argv=None) -> int:
         pictures = draw(pipe, samples.captions, args)
         results[name] = score(pictures, samples)
         rows += pictures[: 24 if count >= 24 else 0]
-        with torch.no_grad():
-            embeds = image_encoder(clip_normalize(samples.pixels, size))
-        results[f"{name}, from true embeddings"] = score(draw(pipe, samples.captions, args, embeds), samples)
+        if args.true:
+            first = data.load(list(range(min(count, args.true))))
+            with torch.no_grad():
+                embeds = image_encoder(clip_normalize(first.pixels, size))
+            drawn = draw(pipe, first.captions, args, embeds)
+            results[f"{name}, from true embeddings"] = score(drawn, first)
     results["parts"] = measure_parts(pipe, image_encoder, Shapes(SEED, size).load(list(range(args.pictures))))
     print(json.dumps(results, indent=2))
     if args.out is not None:
