@@ -1,0 +1,317 @@
+"""What trains the prior and the decoder: the two diffusion losses.
+
+    prior    text, noisy image embedding at t ─ Prior → clean embedding      squared error
+    decoder  image embedding, noisy latent at t ─ UNet → noise, variance     squared error + variational bound
+
+Both read what the frozen networks make of a data set, computed once (`kandinsky.embedding_cache`). In a tenth
+of the samples the prior gets the empty prompt, and the decoder the zero image's embedding: what guidance
+leads away from.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kandinsky.clip_training import readable
+from kandinsky.datasets import Samples
+from kandinsky.embedding_cache import Cache
+from kandinsky.images import to_unit_range
+from kandinsky.movq import MoVQ
+from kandinsky.prior import Prior
+from kandinsky.sampling import sample_latents, sample_prior
+from kandinsky.schedulers import DDPMScheduler, Scheduler, UnCLIPScheduler
+from kandinsky.training import Draws, Objective
+from kandinsky.unet import UNet
+
+DROPPED = 0.1  # arXiv:2204.06125 §2.1 and §2.2
+
+
+def noised(scheduler: Scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Each row at its own timestep (arXiv:2006.11239, eq. 4). x0, noise: (b, …), t: (b,) -> (b, …)"""
+    alpha_bar = at(scheduler.alphas_cumprod, t, x0)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+
+def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """A table's values at (b,) timesteps, shaped to go with (b, …)"""
+    return table.to(like.device, like.dtype)[t].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def prior_loss(
+    prior: Prior, scheduler: UnCLIPScheduler, x0: Tensor, noise: Tensor, t: Tensor, text: dict
+) -> Tensor:
+    """The prior's objective (arXiv:2204.06125, eq. 2): x0 is predicted. x0, noise: (b, d), normalised"""
+    x = noised(scheduler, x0, noise, t)
+    return F.mse_loss(prior(x, t, text["embeds"], text["states"], text["mask"]), x0)
+
+
+def decoder_loss(
+    unet: UNet,
+    scheduler: DDPMScheduler,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    image_embeds: Tensor,
+    **entrance: Any,
+) -> tuple[Tensor, Tensor]:
+    """The decoder's objective (arXiv:2102.09672, eq. 16): the noise's squared error, and the bound that
+    teaches the variance alone.
+
+    Args:
+        x0, noise: (b, 4, h, w).
+        entrance: `known`, (b, 5, h, w), what an inpainting U-Net reads beside the sample; or `hint`,
+            (b, 3, 8h, 8w).
+
+    Returns:
+        the two parts, to be added
+    """
+    x = noised(scheduler, x0, noise, t)
+    known, hint = entrance.get("known"), entrance.get("hint")
+    eps, variance = unet(x if known is None else torch.cat([x, known], dim=1), t, image_embeds, hint).chunk(
+        2, dim=1
+    )
+    return F.mse_loss(eps, noise), variance_bound(scheduler, x0, x, t, eps.detach(), variance).mean()
+
+
+def variance_bound(
+    scheduler: DDPMScheduler, x0: Tensor, x: Tensor, t: Tensor, eps: Tensor, variance: Tensor
+) -> Tensor:
+    """One term of the variational bound, in bits for each value (arXiv:2102.09672, eq. 4 to 6 and 15).
+
+    eps, variance: (b, c, h, w), the network's two halves; variance -1 stands for the smallest, 1 for the
+    largest. -> (b,)
+    """
+    betas = scheduler.betas.double()  # 1 minus a level near 1 would lose four digits
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    before = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    smallest = betas * (1 - before) / (1 - alphas_cumprod)
+    smallest = torch.cat([smallest[1:2], smallest[1:]]).log()  # it is zero at t = 0
+    of_x0, of_x = (
+        before.sqrt() * betas / (1 - alphas_cumprod),
+        (1 - betas).sqrt() * (1 - before) / (1 - alphas_cumprod),
+    )
+
+    alpha_bar = at(alphas_cumprod, t, x)
+    guess = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+    true_mean = at(of_x0, t, x) * x0 + at(of_x, t, x) * x
+    mean = at(of_x0, t, x) * guess + at(of_x, t, x) * x
+    true_log, share = at(smallest, t, x), (variance + 1) / 2
+    log = share * at(betas.log(), t, x) + (1 - share) * true_log
+    divergence = (
+        log - true_log + (true_log - log).exp() + (true_mean - mean).square() * (-log).exp() - 1
+    ) / 2
+    likelihood = -discretized_log_likelihood(x0, mean, (log / 2).exp())
+    bound = torch.where(t.reshape(-1, 1, 1, 1) == 0, likelihood, divergence)
+    return bound.flatten(1).mean(dim=1) / math.log(2)
+
+
+def discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Of the 1/127.5 wide bin around each value, open at ±1 (arXiv:2006.11239, eq. 13)"""
+    lower = ((x0 - 1 / 255 - mean) / std).masked_fill(x0 < -0.999, -torch.inf)
+    upper = ((x0 + 1 / 255 - mean) / std).masked_fill(x0 > 0.999, torch.inf)
+    flip = lower > 0  # near 1 the difference of two probabilities has no digits left; near 0 it has
+    lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    share = (torch.erfc(-upper / 2**0.5) - torch.erfc(-lower / 2**0.5)) / 2
+    return share.clamp(min=1e-12).log()
+
+
+class PriorObjective(Objective):
+    def __init__(
+        self, prior: Prior, scheduler: UnCLIPScheduler, cache: Cache, fresh: Cache, dtype=torch.float32
+    ):
+        super().__init__()
+        self.prior, self.scheduler, self.cache, self.fresh, self.dtype = prior, scheduler, cache, fresh, dtype
+        for parameter in (prior.clip_mean, prior.clip_std):
+            parameter.requires_grad_(False)
+
+    def normalize_by(self, cache: Cache) -> None:
+        """Sets mean and standard deviation of each dimension, from data."""
+        image_embeds = cache["image_embeds"].float()
+        self.prior.clip_mean.copy_(image_embeds.mean(dim=0, keepdim=True))
+        self.prior.clip_std.copy_(image_embeds.std(dim=0, keepdim=True).clamp(min=1e-4))
+
+    def batch(self, indices: list[int]) -> dict[str, Any]:
+        return self.cache.rows(indices, "image_embeds", "text")
+
+    def loss(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        image_embeds = batch["image_embeds"]
+        x0 = (image_embeds - self.prior.clip_mean) / self.prior.clip_std
+        t, noise = draws.randint(self.scheduler.num_train_steps), draws.randn(x0.shape[1])
+        text = self._drop(batch, draws.rand() < DROPPED)
+        return prior_loss(self.prior, self.scheduler, x0, noise, t, text), {}
+
+    def _drop(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
+        """The empty prompt in place of some."""
+        empty, n = self.cache.empty_text, batch["text_mask"].shape[1]
+        out = {}
+        for name in ("embeds", "states", "mask"):
+            text, none = batch[f"text_{name}"], empty[name].to(dropped.device)
+            if name != "embeds":
+                none = F.pad(none, (0,) * (2 * none.ndim - 4) + (0, n - none.shape[1]))
+            out[name] = torch.where(dropped.reshape(-1, *[1] * (text.ndim - 1)), none, text)
+        return out
+
+    def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
+        """How near the samples come to the pictures of their captions, and to those of other captions."""
+        image_embeds, batch = draw_embeds(self.prior, self.scheduler, self.fresh, list(range(64)), draws)
+        true = batch["image_embeds"].to(image_embeds.device)
+        mean = self.prior.clip_mean
+        own = F.cosine_similarity(image_embeds - mean, true - mean).mean().item()
+        other = F.cosine_similarity(image_embeds - mean, true.roll(1, dims=0) - mean).mean().item()
+        return None, {"cosine": own, "cosine to another's": other}
+
+    def save(self, folder: Path) -> None:
+        save_as(self.prior, folder / "prior", self.dtype)
+
+
+def save_as(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a network's weights in another precision; the network keeps its own."""
+    import copy
+
+    copy.deepcopy(network).to(dtype).save_pretrained(folder)
+
+
+def draw_embeds(
+    prior: Prior,
+    scheduler: UnCLIPScheduler,
+    cache: Cache,
+    indices: list[int],
+    draws: Draws,
+    num_steps: int = 25,
+) -> tuple[Tensor, dict[str, Any]]:
+    """What the prior makes of cached captions, guided as by default -> (b, d) and the cached rows"""
+    batch = {name: x.to(draws.device) for name, x in cache.rows(indices, "image_embeds", "text").items()}
+    b, n = batch["text_mask"].shape
+    empty = {name: x.to(draws.device) for name, x in cache.empty_text.items()}
+    states = torch.cat(
+        [
+            F.pad(empty["states"], (0, 0, 0, n - empty["states"].shape[1])).expand(b, -1, -1),
+            batch["text_states"],
+        ]
+    )
+    mask = torch.cat(
+        [F.pad(empty["mask"], (0, n - empty["mask"].shape[1])).expand(b, -1), batch["text_mask"]]
+    )
+    embeds = torch.cat([empty["embeds"].expand(b, -1), batch["text_embeds"]])
+    d = batch["image_embeds"].shape[1]
+    known = prior.prefill(embeds, states, mask)
+    steps = scheduler.timesteps(num_steps)
+    for step in sample_prior(
+        prior, scheduler, known, draws.randn(d)[:b], lambda: draws.randn(d)[:b], steps, 4.0
+    ):
+        pass
+    return prior.denormalize(step.x), batch
+
+
+class DecoderObjective(Objective):
+    """cache: image_embeds and latents; for the hint form also `hint`."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        scheduler: DDPMScheduler,
+        cache: Cache,
+        zero_image_embeds: Tensor,
+        painter: Any = None,
+        bound: float = 1.0,
+        embedding_noise: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.unet, self.scheduler, self.cache, self.painter = unet, scheduler, cache, painter
+        self.zero_image_embeds, self.bound, self.dtype = zero_image_embeds, bound, dtype
+        self.embedding_noise = embedding_noise
+
+    def batch(self, indices: list[int]) -> dict[str, Any]:
+        return self.cache.rows(indices, "image_embeds", "latents", *({"hint"} & self.cache.keys()))
+
+    def loss(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        x0 = batch["latents"]
+        if self.scheduler.clip_sample:  # what lies outside cannot be drawn
+            x0 = x0.clamp(-self.scheduler.clip_sample_range, self.scheduler.clip_sample_range)
+        t, noise = draws.randint(self.scheduler.num_train_steps), draws.randn(*x0.shape[1:])
+        dropped = (draws.rand() < DROPPED)[:, None]
+        image_embeds = torch.where(dropped, self.zero_image_embeds.to(x0.device), batch["image_embeds"])
+        if self.embedding_noise:  # what the prior draws is never exact
+            image_embeds = image_embeds + self.embedding_noise * draws.randn(image_embeds.shape[1])
+        entrance = {"hint": batch["hint"]} if "hint" in batch else {}
+        if self.unet.config.in_channels == 2 * x0.shape[1] + 1:
+            kept = random_masks(draws, x0)
+            entrance["known"] = torch.cat([x0 * kept, kept], dim=1)  # the latents are masked, not the picture
+        error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, image_embeds, **entrance)
+        return error + self.bound * bound, {"error": error.detach(), "bound": bound.detach()}
+
+    def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
+        return (
+            self.painter(self.unet, self.scheduler, self.zero_image_embeds, draws)
+            if self.painter
+            else (None, {})
+        )
+
+    def save(self, folder: Path) -> None:
+        save_as(self.unet, folder / "unet", self.dtype)
+
+
+def draw_latents(
+    unet: UNet,
+    scheduler: DDPMScheduler,
+    image_embeds: Tensor,
+    uncond: Tensor,
+    draws: Draws,
+    num_steps: int = 50,
+) -> Tensor:
+    """Latents of (b, d) embeddings, guided as by default -> (b, 4, h, w)"""
+    b, size = len(image_embeds), unet.config.sample_size
+    shape = (unet.config.latent_channels, size, size)
+    embeds = torch.cat([uncond.to(image_embeds.device).expand(b, -1), image_embeds])
+    steps = scheduler.timesteps(num_steps)
+    draw = lambda: draws.randn(*shape)[:b]  # noqa: E731
+    for step in sample_latents(unet, scheduler, embeds, draw(), draw, steps, 4.0):
+        pass
+    return step.x
+
+
+class Painter:
+    """Draws fresh pictures from their own embeddings, as text2img would."""
+
+    def __init__(self, movq: MoVQ, samples: Samples, image_embeds: Tensor):
+        self.movq, self.samples, self.image_embeds = movq, samples, image_embeds
+
+    def __call__(
+        self, unet: UNet, scheduler: DDPMScheduler, uncond: Tensor, draws: Draws
+    ) -> tuple[Tensor, dict[str, float]]:
+        image_embeds = self.image_embeds.to(draws.device)
+        pictures = to_unit_range(self.movq.decode(draw_latents(unet, scheduler, image_embeds, uncond, draws)))
+        true = to_unit_range(self.samples.pixels.to(draws.device))
+        grid = torch.stack(
+            [row for i in range(0, len(true), 12) for row in (true[i : i + 12], pictures[i : i + 12])]
+        )
+        scenes = self.samples.scenes
+        return grid, {} if scenes is None else {"readable": readable(pictures, scenes)}
+
+
+def widen(unet: UNet, wider: UNet) -> UNet:
+    """Gives a U-Net with more input channels a text-to-image one's weights; new channels start at zero."""
+    weights, own = unet.state_dict(), wider.state_dict()
+    for name, tensor in own.items():
+        if name == "conv_in.weight":
+            old = weights[name]
+            tensor.zero_()[:, : old.shape[1]] = old
+        elif name in weights:
+            tensor.copy_(weights[name])
+    return wider
+
+
+def random_masks(draws: Draws, x0: Tensor) -> Tensor:
+    """Rectangles to repaint, a quarter to all of each side: (b, 1, h, w), 0 in them and 1 outside"""
+    masks = []
+    for side, numbers in zip(x0.shape[-2:], (draws.rand(2), draws.rand(2))):
+        length = 0.25 + 0.75 * numbers[:, :1]
+        start = numbers[:, 1:] * (1 - length)
+        at = (torch.arange(side, device=x0.device) + 0.5) / side
+        masks.append((at >= start) & (at < start + length))
+    return 1 - (masks[0][:, :, None] & masks[1][:, None, :])[:, None].to(x0.dtype)

@@ -1,0 +1,92 @@
+"""What the frozen networks make of a data set, computed once and kept in one safetensors file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kandinsky.checkpoint import open_safetensors, write_safetensors
+from kandinsky.datasets import shuffled
+from kandinsky.encoders import CLIPTextEncoder, PromptTokenizer
+
+Encode = Callable[[Any], dict[str, Tensor]]  # samples -> tensors of as many rows
+
+
+class Cache:
+    """Tensors with a row for each picture; captions' states are packed, without their padding."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+        self.empty_text: dict[str, Tensor] = {}
+        if "text_states" in tensors:
+            ends = tensors["text_lengths"].long().cumsum(dim=0)
+            self.spans = list(zip([0, *ends.tolist()], ends.tolist()))
+            states = tensors["empty_states"].float()[None]
+            mask = torch.ones(1, states.shape[1], dtype=torch.bool)
+            self.empty_text = {"embeds": tensors["empty_embeds"].float(), "states": states, "mask": mask}
+
+    @classmethod
+    def read(cls, path: Path) -> "Cache":
+        file = open_safetensors(path)
+        return cls({name: file.get_tensor(name) for name in file.keys()})
+
+    def __len__(self) -> int:
+        return len(self.tensors["image_embeds"])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def keys(self) -> set[str]:
+        return set(self.tensors)
+
+    def rows(self, indices: list[int], *names: str) -> dict[str, Tensor]:
+        """Rows in `shuffled` order: every len(self) numbers visit each picture once.
+        "text" gives text_embeds, text_states and text_mask."""
+        rows = [shuffled(index, len(self)) for index in indices]
+        out = {name: self.tensors[name][rows].float() for name in names if name != "text"}
+        if "text" in names:
+            states = [self.tensors["text_states"][slice(*self.spans[row])].float() for row in rows]
+            lengths = torch.tensor([len(s) for s in states])
+            out["text_states"] = pad_sequence(states, batch_first=True)
+            out["text_mask"] = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+            out["text_embeds"] = self.tensors["text_embeds"][rows].float()
+        return out
+
+
+@torch.no_grad()
+def build_cache(
+    data: Any, count: int, path: Path, encode: Encode, batch_size: int = 64, progress: bool = True
+) -> Cache:
+    """Encodes the first `count` samples and writes the file; an existing one is read instead."""
+    if path.exists():
+        return Cache.read(path)
+    from tqdm import tqdm
+
+    parts: dict[str, list[Tensor]] = {}
+    for start in tqdm(range(0, count, batch_size), "encoding", disable=not progress):
+        samples = data.load(list(range(start, min(start + batch_size, count))))
+        for name, tensor in encode(samples).items():
+            parts.setdefault(name, []).append(tensor.cpu())
+    constants = ("empty_states", "empty_embeds")
+    tensors = {name: p[0] if name in constants else torch.cat(p) for name, p in parts.items()}
+    write_safetensors(tensors, path)
+    return Cache(tensors)
+
+
+def encode_texts(
+    text_encoder: CLIPTextEncoder, tokenizer: PromptTokenizer, captions: list[str]
+) -> dict[str, Tensor]:
+    """What the prior reads of captions, and of the empty prompt, in half precision."""
+    ids, mask = tokenizer([*captions, ""])
+    states, embeds = text_encoder(ids.to(text_encoder.device))
+    states, mask = states.half().cpu(), mask.cpu()
+    packed = {"text_states": states[:-1][mask[:-1]], "text_lengths": mask[:-1].sum(dim=1).int()}
+    packed |= {
+        "text_embeds": embeds[:-1].half(),
+        "empty_states": states[-1][mask[-1]],
+        "empty_embeds": embeds[-1:].half(),
+    }
+    return packed

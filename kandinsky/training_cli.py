@@ -1,0 +1,74 @@
+"""The flags that the training scripts share, and what they stand for."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kandinsky.datasets import Dataset, Folder, Shapes
+from kandinsky.training import Objective, Settings, Trainer, checkpoint_blocks, processes
+
+
+def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
+    """defaults: of this script, where they differ from those of `Settings`."""
+    settings = Settings(**defaults)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; goes on with what is there")
+    parser.add_argument("--init", type=Path, help="folder whose weights to start from; default: from nothing")
+    parser.add_argument("--data", type=Path, help="folder of captioned pictures; default: kandinsky.shapes")
+    parser.add_argument("--size", type=int, default=64, help="side of the training pictures in pixels")
+    parser.add_argument("--steps", type=int, default=settings.steps, help="updates in all")
+    parser.add_argument("--batch-size", type=int, default=settings.batch_size, help="of each process")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches added up for an update")
+    parser.add_argument("--learning-rate", type=float, default=settings.learning_rate, help="the highest")
+    parser.add_argument("--warmup", type=int, default=settings.warmup, help="steps up to the highest rate")
+    parser.add_argument("--decay", type=float, default=settings.decay, help="share of the steps, at the end")
+    parser.add_argument("--weight-decay", type=float, default=settings.weight_decay, help="of matrices")
+    parser.add_argument("--max-norm", type=float, default=settings.max_norm, help="of the gradient")
+    parser.add_argument("--ema", type=float, default=settings.ema, help="how slowly the saved average moves")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
+    parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--seed", type=int, default=0, help="of data order, noise and first weights")
+    parser.add_argument("--save-every", type=int, default=settings.save_every, help="steps")
+    parser.add_argument("--sample-every", type=int, default=settings.sample_every, help="steps")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda …; under torchrun each process its own")
+
+
+def settings_of(args: Namespace) -> Settings:
+    return Settings(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        learning_rate=args.learning_rate,
+        warmup=args.warmup,
+        decay=args.decay,
+        weight_decay=args.weight_decay,
+        max_norm=args.max_norm,
+        ema=args.ema,
+        bf16=args.bf16,
+        seed=args.seed,
+        save_every=args.save_every,
+        sample_every=args.sample_every,
+    )
+
+
+def data_of(args: Namespace) -> Dataset:
+    return Shapes(args.seed, args.size) if args.data is None else Folder(args.data, args.size)
+
+
+def fresh_data_of(args: Namespace) -> dict[str, Dataset]:
+    """What measurements are made on: shapes never trained on, or the folder's own pictures."""
+    if args.data is not None:
+        return {"own": data_of(args)}
+    other = args.seed + 1
+    return {"seen": Shapes(other, args.size), "held_out": Shapes(other, args.size, "held_out")}
+
+
+def train(
+    objective: Objective, args: Namespace, *block_kinds: type[nn.Module], name: str = "training"
+) -> None:
+    """Runs the training that the flags describe, in one process or in those that torchrun started."""
+    if args.checkpointing:
+        checkpoint_blocks(objective, *block_kinds)
+    with processes(args.device) as device:
+        Trainer(objective, settings_of(args), args.out, device, name).run()

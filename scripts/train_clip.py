@@ -1,0 +1,100 @@
+"""Trains a CLIP pair, with a tokenizer made from the captions.
+
+Stages: `both` trains the towers together. Where time is short, a convolutional `teacher` finds the embeddings
+first; then `text` fits the text tower to them, and `image` the image tower.
+"""
+
+import sys
+
+from kandinsky import CLIPImageEncoder, CLIPTextEncoder, cli, training_cli
+from kandinsky.clip_training import (
+    CLIPObjective,
+    ConvEncoder,
+    LossWeights,
+    TowerObjective,
+    load_image_encoder,
+)
+from kandinsky.config import CLIPImageConfig, CLIPTextConfig
+from kandinsky.encoders import EncoderLayer, PromptTokenizer
+from kandinsky.repository import copy_folder
+from kandinsky.training import initialize
+from kandinsky.vocabulary import write_tokenizer
+
+CAPTIONS = 3000  # that an endless data set's tokenizer is made from
+
+
+def parse_args(argv=None):
+    parser = cli.OneLineParser(__doc__)
+    parser.add_argument(
+        "--stage", choices=("both", "teacher", "text", "image"), default="both", help="what learns"
+    )
+    parser.add_argument("--dim", type=int, default=160, help="of the embeddings; also the text tower's width")
+    parser.add_argument("--text-layers", type=int, default=2, help="of the text tower")
+    parser.add_argument("--image-width", type=int, default=160, help="of the image tower")
+    parser.add_argument("--image-layers", type=int, default=4, help="of the image tower")
+    parser.add_argument("--patch", type=int, default=8, help="side of a patch in pixels")
+    parser.add_argument("--head-dim", type=int, default=32, help="width of an attention head")
+    parser.add_argument("--caption-weight", type=float, default=1.0, help="of the caption head's loss")
+    parser.add_argument("--picture-weight", type=float, default=10.0, help="of the picture head's loss")
+    parser.add_argument(
+        "--scene-weight", type=float, default=1.0, help="of the scene head's loss; shapes only"
+    )
+    training_cli.add_training_flags(parser)
+    return parser.parse_args(argv)
+
+
+def make_tokenizer(args, data) -> PromptTokenizer:
+    folder = args.out / "tokenizer"
+    if args.init is not None:
+        copy_folder(args.init / "tokenizer", folder)
+    elif not (folder / "vocab.json").exists():
+        count = CAPTIONS if args.data is None else len(data)
+        write_tokenizer(data.load(list(range(count))).captions, folder)
+    return PromptTokenizer.from_pretrained(folder)
+
+
+def make_towers(args, vocab_size: int) -> tuple[CLIPImageEncoder, CLIPTextEncoder]:
+    """From --init, from what an earlier stage left in --out, or new."""
+    heads, mlp = args.dim // args.head_dim, 4 * args.dim
+    text = CLIPTextConfig(vocab_size, 77, args.dim, args.text_layers, heads, mlp, args.dim)
+    sizes = args.image_width, args.image_layers, args.image_width // args.head_dim, 4 * args.image_width
+    image = CLIPImageConfig(args.size, args.patch, *sizes, args.dim)
+    towers = []
+    for name, network, config in (
+        ("image_encoder", CLIPImageEncoder, image),
+        ("text_encoder", CLIPTextEncoder, text),
+    ):
+        folder = (args.init or args.out) / name
+        known = args.init is not None or folder.is_dir()
+        towers.append(network.from_pretrained(folder) if known else initialize(network(config), args.seed))
+    return tuple(towers)
+
+
+def make_objective(args):
+    data, fresh = training_cli.data_of(args), training_cli.fresh_data_of(args)
+    tokenizer = make_tokenizer(args, data)
+    image_encoder, text_encoder = make_towers(args, len(tokenizer.tokenizer))
+    scene = args.scene_weight if args.data is None else 0.0
+    if args.stage == "image":
+        return TowerObjective(image_encoder, load_image_encoder(args.out), data, fresh)
+    if args.stage == "text":
+        weights, image_encoder = LossWeights(1, 0, 0, 0), load_image_encoder(args.out)
+    elif args.stage == "teacher":
+        weights = LossWeights(0, 0, args.picture_weight, scene)
+        image_encoder = initialize(ConvEncoder(image_encoder.config), args.seed)
+    else:
+        weights = LossWeights(1, args.caption_weight, args.picture_weight, scene)
+    frozen = args.stage == "text"
+    return CLIPObjective(image_encoder, text_encoder, tokenizer, data, fresh, weights, frozen, args.seed)
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    objective = make_objective(args)
+    training_cli.train(objective, args, EncoderLayer, name=f"training-{args.stage}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Trains a decoder: image embedding in, latents out. Writes a whole decoder repository around it.
+
+`--task inpaint` and `--task hint` start from the text-to-image U-Net that --init names, its entrance widened.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kandinsky import MoVQ, UNet, cli, training_cli
+from kandinsky.clip_training import clip_normalize, load_image_encoder
+from kandinsky.config import UNetConfig
+from kandinsky.diffusion_training import DecoderObjective, Painter, widen
+from kandinsky.embedding_cache import Cache, build_cache
+from kandinsky.parts import zero_image_embeds
+from kandinsky.repository import write_decoder_repository
+from kandinsky.schedulers import DDPMScheduler
+from kandinsky.shapes import depth_hint
+from kandinsky.training import initialize
+from kandinsky.unet import AttentionBlock, ResnetBlock
+
+ZERO = ("conv2", "to_out.0", "conv_out")  # what starts at zero, so that blocks start as the identity
+
+
+def parse_args(argv=None):
+    parser = cli.OneLineParser(__doc__)
+    parser.add_argument("--clip", type=Path, required=True, help="folder of the CLIP pair, or a prior's")
+    parser.add_argument("--movq", type=Path, required=True, help="folder of the MoVQ, or of another decoder")
+    parser.add_argument(
+        "--task", choices=("text2img", "inpaint", "hint"), default="text2img", help="what it is for"
+    )
+    parser.add_argument("--channels", type=int, nargs="+", default=[64, 96, 112], help="finest level first")
+    parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
+    parser.add_argument("--head-dim", type=int, default=16, help="width of an attention head")
+    parser.add_argument("--context-dim", type=int, default=32, help="width of the image-prompt tokens")
+    parser.add_argument("--groups", type=int, default=16, help="of the norms")
+    parser.add_argument("--bound", type=float, default=1.0, help="weight of the variance's loss")
+    parser.add_argument(
+        "--embedding-noise", type=float, default=0.0, help="added to the embeddings in training"
+    )
+    parser.add_argument(
+        "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
+    )
+    parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written U-Net")
+    training_cli.add_training_flags(parser, learning_rate=1e-3)
+    return parser.parse_args(argv)
+
+
+def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
+    device = movq.device
+
+    def encode(samples) -> dict[str, Tensor]:
+        pixels = samples.pixels.to(device)
+        size = image_encoder.config.image_size
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            out = {
+                "image_embeds": image_encoder(clip_normalize(pixels, size)),
+                "latents": movq.encode(pixels),
+            }
+        if args.task == "hint":
+            hints = [torch.from_numpy(depth_hint(scene, args.size)) for scene in samples.scenes]
+            out["hint"] = torch.stack(hints)[:, None].expand(-1, 3, -1, -1).float() / 255
+        return {name: tensor.half() for name, tensor in out.items()}
+
+    data = training_cli.data_of(args)
+    count = args.count if args.data is None else len(data)
+    return build_cache(data, count, args.out / "training" / "latents.safetensors", encode)
+
+
+def make_unet(args, embedding_dim: int, f: int) -> UNet:
+    if args.init is not None:
+        known = UNet.from_pretrained(args.init / "unet")
+        entrance = {"text2img": (4, False), "inpaint": (9, False), "hint": (8, True)}[args.task]
+        if (known.config.in_channels, known.config.hint) == entrance:
+            return known
+        config = replace(known.config, in_channels=entrance[0], hint=entrance[1])
+        return widen(known, initialize(UNet(config), args.seed, ZERO))
+    if args.task != "text2img":
+        raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
+    sizes = (tuple(args.channels), args.layers, args.head_dim, args.context_dim, embedding_dim, args.groups)
+    return initialize(UNet(UNetConfig(4, 8, *sizes, sample_size=args.size // f)), args.seed, ZERO)
+
+
+@torch.no_grad()
+def make_objective(args) -> DecoderObjective:
+    device = "cpu" if args.device == "cuda" else args.device
+    image_encoder, movq = (
+        load_image_encoder(args.clip).to(device),
+        MoVQ.from_pretrained(args.movq / "movq", device=device),
+    )
+    cache = encode_data(args, image_encoder, movq)
+    unet = make_unet(args, cache["image_embeds"].shape[1], movq.config.downscale)
+    painter = None
+    if args.task == "text2img":
+        samples = next(iter(training_cli.fresh_data_of(args).values())).load(list(range(48)))
+        pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
+        painter = Painter(movq, samples, image_encoder(pixels))
+    return DecoderObjective(
+        unet,
+        DDPMScheduler(clip_sample=args.task != "inpaint"),
+        cache,
+        zero_image_embeds(image_encoder),
+        painter,
+        args.bound,
+        args.embedding_noise,
+        getattr(torch, args.save_dtype),
+    )
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    write_decoder_repository(args.out, args.movq / "movq", args.task == "inpaint", args.task == "hint")
+    training_cli.train(make_objective(args), args, ResnetBlock, AttentionBlock)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

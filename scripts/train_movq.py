@@ -1,0 +1,47 @@
+"""Trains a MoVQ, the autoencoder between pixels and latents."""
+
+import sys
+
+from kandinsky import MoVQ, cli, training_cli
+from kandinsky.config import MoVQConfig
+from kandinsky.movq import AttentionBlock, ResnetBlock
+from kandinsky.movq_training import MoVQObjective
+from kandinsky.training import initialize
+
+
+def parse_args(argv=None):
+    parser = cli.OneLineParser(__doc__)
+    parser.add_argument(
+        "--channels", type=int, nargs="+", default=[32, 32, 64, 96], help="finest level first"
+    )
+    parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
+    parser.add_argument("--codes", type=int, default=1024, help="size of the codebook")
+    parser.add_argument("--crop", type=int, help="train on crops of so many pixels, the busier ones")
+    parser.add_argument(
+        "--adversarial", type=float, default=0.0, help="weight of a discriminator's judgement"
+    )
+    parser.add_argument("--freeze-encoder", action="store_true", help="train what decodes, keep the latents")
+    training_cli.add_training_flags(parser, batch_size=16, learning_rate=1.5e-3)
+    return parser.parse_args(argv)
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if args.init is not None:
+        movq = MoVQ.from_pretrained(args.init / "movq")
+    else:
+        config = MoVQConfig(
+            tuple(args.channels), args.layers, num_vq_embeddings=args.codes, norm_num_groups=16
+        )
+        movq = initialize(MoVQ(config), args.seed)
+    fresh = next(iter(training_cli.fresh_data_of(args).values()))
+    data = training_cli.data_of(args)
+    settings = {"adversarial": args.adversarial, "crop": args.crop, "frozen_encoder": args.freeze_encoder}
+    objective = MoVQObjective(movq, data, fresh, **settings)
+    training_cli.train(objective, args, ResnetBlock, AttentionBlock)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Trains a prior: text in, image embedding out. Writes a whole prior repository around it."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from kandinsky import Prior, cli, training_cli
+from kandinsky.clip_training import clip_normalize, load_image_encoder
+from kandinsky.config import PriorConfig
+from kandinsky.diffusion_training import PriorObjective
+from kandinsky.embedding_cache import build_cache, encode_texts
+from kandinsky.encoders import CLIPTextEncoder, PromptTokenizer
+from kandinsky.prior import Block
+from kandinsky.repository import write_prior_repository
+from kandinsky.schedulers import UnCLIPScheduler
+from kandinsky.training import initialize
+
+
+def parse_args(argv=None):
+    parser = cli.OneLineParser(__doc__)
+    parser.add_argument(
+        "--clip", type=Path, required=True, help="folder of the CLIP pair, or of another prior"
+    )
+    parser.add_argument("--heads", type=int, default=6, help="attention heads")
+    parser.add_argument("--head-dim", type=int, default=32, help="width of a head")
+    parser.add_argument("--layers", type=int, default=4, help="transformer layers")
+    parser.add_argument(
+        "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
+    )
+    parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written prior")
+    training_cli.add_training_flags(parser, learning_rate=1e-3)
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def encode_data(args) -> list:
+    """The caches of training and of fresh samples."""
+    device = "cpu" if args.device == "cuda" else args.device
+    image_encoder = load_image_encoder(args.clip).to(device)
+    text_encoder = CLIPTextEncoder.from_pretrained(args.clip / "text_encoder", device=device)
+    tokenizer = PromptTokenizer.from_pretrained(args.clip / "tokenizer")
+
+    def encode(samples) -> dict:
+        pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
+        texts = encode_texts(text_encoder, tokenizer, samples.captions)
+        with torch.autocast(image_encoder.device.type, torch.bfloat16, enabled=args.bf16):
+            image_embeds = image_encoder(pixels)
+        return {"image_embeds": image_embeds, **texts}
+
+    data, fresh = training_cli.data_of(args), next(iter(training_cli.fresh_data_of(args).values()))
+    sets = {"train": (data, args.count), "fresh": (fresh, 512)}
+    folder = args.out / "training"
+    caches = []
+    for name, (samples, count) in sets.items():
+        count = min(count, len(samples)) if args.data is not None else count
+        caches.append(build_cache(samples, count, folder / f"embeddings-{name}.safetensors", encode))
+    return caches
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    write_prior_repository(args.out, args.clip)
+    cache, fresh = encode_data(args)
+    if args.init is not None:
+        prior = Prior.from_pretrained(args.init / "prior")
+    else:
+        dim = cache["image_embeds"].shape[1]
+        prior = initialize(Prior(PriorConfig(args.heads, args.head_dim, args.layers, dim)), args.seed)
+    objective = PriorObjective(prior, UnCLIPScheduler(), cache, fresh, getattr(torch, args.save_dtype))
+    if args.init is None:
+        objective.normalize_by(cache)
+    training_cli.train(objective, args, Block)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

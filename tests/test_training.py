@@ -1,0 +1,421 @@
+"""Training: the loop's promises, and each loss against an independent computation."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler as TheirDDPM
+from PIL import Image
+from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from kandinsky import MoVQ, Prior, UNet, shapes
+from kandinsky.clip_training import recolor, scene_labels
+from kandinsky.config import MoVQConfig, UNetConfig
+from kandinsky.datasets import Folder, Shapes, shuffled
+from kandinsky.diffusion_training import DecoderObjective, PriorObjective, decoder_loss, prior_loss, widen
+from kandinsky.embedding_cache import Cache
+from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses
+from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
+from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize
+from kandinsky.unet import AttentionBlock, ResnetBlock
+from kandinsky.vocabulary import END, START, write_tokenizer
+from tests.helpers import randn, relative_l2
+from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_unet
+from tests.training_worker import movq_objective
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start_worker(*args, **environment) -> subprocess.Popen:
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-m", "tests.training_worker", *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, env=known, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, error
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "training" / "state.safetensors")
+
+
+def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours_: torch.nn.Module, theirs: torch.nn.Module, tolerance: float) -> None:
+    a, b = gradients(ours_), gradients(theirs)
+    assert a.keys() == b.keys() and a
+    whole = torch.cat([g.flatten() for g in b.values()]).norm()
+    for name, gradient in b.items():
+        error = (a[name] - gradient).norm() / gradient.norm().clamp(min=1e-4 * whole)
+        assert error <= tolerance, f"{name}: {error}"
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
+    steps, whole = 40, start_worker("movq", tmp_path / "whole", 40, 2)
+    finish(whole)
+    kills = 0
+    for _ in range(3):
+        process = start_worker("movq", tmp_path / "killed", steps, 2)
+        metrics = tmp_path / "killed" / "training" / "metrics.jsonl"
+        before = metrics.read_text() if metrics.exists() else ""
+        for _ in range(6000):
+            if process.poll() is not None or (metrics.exists() and len(metrics.read_text()) > len(before)):
+                break
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        process.stderr.close()
+    finish(start_worker("movq", tmp_path / "killed", steps, 2))
+    whole, killed = state(tmp_path / "whole"), state(tmp_path / "killed")
+    assert kills >= 2 and whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40]
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    write_tokenizer(Shapes(0, 8).load(list(range(200))).captions, tokenizer)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    pair = [start_worker("clip", tmp_path / "two", 3, 4, tokenizer, RANK=str(r), **address) for r in (0, 1)]
+    one = start_worker("clip", tmp_path / "one", 3, 8, tokenizer)
+    for process in (*pair, one):
+        finish(process)
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one.keys() == two.keys()
+    first = [name for name in one if name.startswith("exp_avg.")]
+    assert all(relative_l2(two[name], one[name]) <= 1e-3 for name in first if one[name].norm() > 1e-6)
+
+
+def test_prior_loss_has_the_gradients_of_diffusers_networks_under_the_published_objective():
+    reference = reference_prior()
+    prior = ours(Prior, reference)
+    b, n, d = 4, 77, EMBEDDING_DIM
+    x0, noise, t = randn(b, d, seed=1), randn(b, d, seed=2), torch.tensor([0, 10, 500, 990])
+    text = {"embeds": randn(b, d, seed=3), "states": randn(b, n, d, seed=4)}
+    text["mask"] = torch.arange(n)[None] < torch.tensor([2, 9, 77, 30])[:, None]
+    prior_loss(prior, UnCLIPScheduler(), x0, noise, t, text).backward()
+
+    x = TheirDDPM(beta_schedule="squaredcos_cap_v2").add_noise(x0, noise, t)
+    out = reference(x, t, text["embeds"], text["states"], text["mask"]).predicted_image_embedding
+    ((out - x0) ** 2).mean().backward()
+    assert_same_gradients(prior, reference, 1e-4)
+
+
+def independent_bound(betas, x0, x, t, eps, variance):
+    """The variational bound's terms with torch.distributions, in float64, sample by sample."""
+    betas, terms = betas.double(), []
+    levels = torch.cumprod(1 - betas, dim=0)
+    for row, step in enumerate(t.tolist()):
+        beta, level = betas[step], levels[step]
+        before = levels[step - 1] if step else torch.tensor(1.0).double()
+        clean, noisy = x0[row].double(), x[row].double()
+        guess = (noisy - (1 - level) ** 0.5 * eps[row].double()) / level**0.5
+
+        def mean_of(start):
+            weight = before**0.5 * beta / (1 - level)
+            return weight * start + (1 - beta) ** 0.5 * (1 - before) / (1 - level) * noisy
+
+        posterior = max(step, 1)  # at 0 the posterior has no variance; the published code takes that of 1
+        smallest = betas[posterior] * (1 - levels[posterior - 1]) / (1 - levels[posterior])
+        share = (variance[row].double() + 1) / 2
+        std = (0.5 * (share * beta.log() + (1 - share) * smallest.log())).exp()
+        model = Normal(mean_of(guess), std)
+        if step:
+            terms.append(kl_divergence(Normal(mean_of(clean), smallest**0.5), model).mean())
+            continue
+        upper = torch.where(clean > 0.999, torch.ones_like(clean), model.cdf(clean + 1 / 255))
+        lower = torch.where(clean < -0.999, torch.zeros_like(clean), model.cdf(clean - 1 / 255))
+        terms.append(-(upper - lower).clamp(min=1e-12).log().mean())
+    return torch.stack(terms).mean() / np.log(2)
+
+
+def test_decoder_loss_has_the_gradients_of_diffusers_networks_under_the_published_objective():
+    reference = reference_unet()
+    unet = ours(UNet, reference)
+    x0, noise, t = (
+        randn(4, 4, 8, 8, seed=1).clamp(-1, 1),
+        randn(4, 4, 8, 8, seed=2),
+        torch.tensor([0, 1, 400, 999]),
+    )
+    image_embeds = randn(4, EMBEDDING_DIM, seed=3)
+    error, bound = decoder_loss(unet, DDPMScheduler(), x0, noise, t, image_embeds)
+    (error + bound).backward()
+
+    theirs = TheirDDPM(beta_start=0.00085, beta_end=0.012)
+    x = theirs.add_noise(x0, noise, t)
+    out = reference(x, t, None, added_cond_kwargs={"image_embeds": image_embeds}).sample
+    eps, variance = out.split(4, dim=1)
+    their_bound = independent_bound(theirs.betas, x0, x, t, eps.detach(), variance)
+    (((eps - noise) ** 2).mean() + their_bound).backward()
+    assert abs(bound.item() / their_bound.item() - 1) <= 1e-4
+    assert_same_gradients(unet, reference, 1e-4)
+
+
+def test_the_bound_teaches_the_variance_alone():
+    unet = ours(UNet, reference_unet())
+    inputs = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), torch.tensor([3, 700]), randn(2, EMBEDDING_DIM)
+    decoder_loss(unet, DDPMScheduler(), *inputs)[1].backward()
+    assert unet.conv_out.weight.grad[:4].abs().max() == 0 < unet.conv_out.weight.grad[4:].abs().max()
+
+
+def small_cache(count: int = 12) -> Cache:
+    lengths = torch.arange(count) % 5 + 2
+    return Cache(
+        {
+            "image_embeds": randn(count, EMBEDDING_DIM),
+            "latents": randn(count, 4, 8, 8),
+            "text_embeds": 1 + randn(count, EMBEDDING_DIM, seed=1),
+            "text_states": randn(int(lengths.sum()), EMBEDDING_DIM, seed=2),
+            "text_lengths": lengths,
+            "empty_embeds": torch.zeros(1, EMBEDDING_DIM),
+            "empty_states": torch.zeros(2, EMBEDDING_DIM),
+        }
+    )
+
+
+def test_texts_and_embeddings_are_dropped_in_a_tenth():
+    cache, seen = small_cache(), []
+    prior = ours(Prior, reference_prior())
+    prior.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    objective = PriorObjective(prior, UnCLIPScheduler(), cache, cache)
+    with torch.no_grad():
+        for step in range(20):
+            batch = objective.batch(list(range(64)))
+            objective.loss(batch, Draws(str(step), slice(None), 64))
+    dropped = torch.cat(seen).eq(0).all(dim=1).float().mean().item()
+    assert 0.07 < dropped < 0.13
+
+    zero, seen = torch.full((1, EMBEDDING_DIM), 7.0), []
+    unet = ours(UNet, reference_unet())
+    unet.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    objective = DecoderObjective(unet, DDPMScheduler(), cache, zero)
+    with torch.no_grad():
+        for step in range(10):
+            objective.loss(objective.batch(list(range(64))), Draws(str(step), slice(None), 64))
+    assert 0.06 < torch.cat(seen).eq(7).all(dim=1).float().mean().item() < 0.14
+
+
+def test_normalised_embeddings_have_mean_zero_and_variance_one():
+    cache = small_cache(200)
+    cache.tensors["image_embeds"] = cache["image_embeds"] * 3 + 5
+    objective = PriorObjective(ours(Prior, reference_prior()), UnCLIPScheduler(), cache, cache)
+    objective.normalize_by(cache)
+    prior = objective.prior
+    x = (cache["image_embeds"] - prior.clip_mean) / prior.clip_std
+    assert x.mean(dim=0).abs().max() < 1e-5 and (x.std(dim=0) - 1).abs().max() < 1e-5
+    torch.testing.assert_close(prior.denormalize(x), cache["image_embeds"])
+
+
+def test_packed_captions_come_back_padded_and_in_a_new_order_each_round():
+    cache = small_cache()
+    rows = cache.rows(list(range(12)), "image_embeds", "text")
+    order = [shuffled(i, 12) for i in range(24)]
+    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12)) and order[:12] != order[12:]
+    ends = cache["text_lengths"].cumsum(dim=0).tolist()
+    for row, source in enumerate(order[:12]):
+        start, end = ends[source] - int(cache["text_lengths"][source]), ends[source]
+        assert torch.equal(rows["text_states"][row][rows["text_mask"][row]], cache["text_states"][start:end])
+        assert torch.equal(rows["image_embeds"][row], cache["image_embeds"][source])
+
+
+@pytest.mark.parametrize("entrance", [(9, False), (8, True)])
+def test_a_widened_unet_starts_as_the_one_it_came_from(entrance):
+    sizes = {"block_out_channels": (32, 48), "layers_per_block": 1, "head_dim": 8, "norm_num_groups": 8}
+    sizes |= {"context_dim": 24, "embedding_dim": EMBEDDING_DIM}
+    unet = initialize(UNet(UNetConfig(**sizes)), 1)
+    wide = widen(unet, initialize(UNet(UNetConfig(in_channels=entrance[0], hint=entrance[1], **sizes)), 2))
+    x, t, embeds = randn(2, 4, 8, 8), torch.tensor([5, 800]), randn(2, EMBEDDING_DIM)
+    hint = randn(2, 3, 64, 64) if entrance[1] else None
+    more = x if entrance[1] else torch.cat([x, randn(2, 5, 8, 8, seed=1)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(more, t, embeds, hint), unet(x, t, embeds))
+
+
+@pytest.mark.parametrize("entrance", [(9, False), (8, True)])
+def test_inpainting_and_hint_decoders_learn_their_entrance(entrance):
+    sizes = {"block_out_channels": (32, 48), "layers_per_block": 1, "head_dim": 8, "norm_num_groups": 8}
+    config = UNetConfig(*entrance[:1], hint=entrance[1], context_dim=24, embedding_dim=EMBEDDING_DIM, **sizes)
+    cache = small_cache()
+    if entrance[1]:
+        cache.tensors["hint"] = randn(12, 3, 64, 64).half()
+    objective = DecoderObjective(
+        initialize(UNet(config), 0), DDPMScheduler(), cache, torch.zeros(1, EMBEDDING_DIM)
+    )
+    objective.loss(objective.batch([0, 1, 2, 3]), Draws("0", slice(None), 4))[0].backward()
+    assert objective.unet.conv_in.weight.grad[:, 4:].abs().amax(dim=(0, 2, 3)).min() > 0
+
+
+def test_discriminator_and_autoencoder_each_learn_from_their_own_loss():
+    discriminator = initialize(Discriminator(8), 0)
+    out, pixels = randn(4, 3, 16, 16).requires_grad_(), randn(4, 3, 16, 16, seed=1)
+    fooled, own = adversarial_losses(discriminator, out, pixels)
+    fooled.backward()
+    assert out.grad.abs().max() > 0 and all(p.grad is None for p in discriminator.parameters())
+    better = discriminator((out - out.grad / out.grad.norm()).detach()).mean()
+    assert better > discriminator(out).mean()  # the autoencoder's gradient leads to what looks real
+    out.grad = None
+    own.backward()
+    assert out.grad is None and discriminator.layers[0].weight.grad.abs().max() > 0
+
+
+def test_checkpointing_changes_no_gradient():
+    plain, saving = ours(UNet, reference_unet()), ours(UNet, reference_unet())
+    checkpoint_blocks(saving, ResnetBlock, AttentionBlock)
+    inputs = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), torch.tensor([3, 700]), randn(2, EMBEDDING_DIM)
+    for unet in (plain, saving):
+        sum(decoder_loss(unet, DDPMScheduler(), *inputs)).backward()
+    assert_same_gradients(saving, plain, 1e-6)
+    assert saving.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_rate_rises_stays_and_falls_to_zero():
+    settings = Settings(steps=1000, learning_rate=2.0, warmup=100, decay=0.2)
+    assert settings.rate(0) == 0.02 and settings.rate(99) == settings.rate(500) == settings.rate(800) == 2.0
+    assert settings.rate(900) == pytest.approx(1.0) and settings.rate(999) == pytest.approx(0.01)
+
+
+def test_accumulated_batches_are_the_mean_of_both(tmp_path):
+    settings = Settings(1, 2, accumulate=2, max_norm=1e9)
+    trainer = Trainer(movq_objective(), settings, tmp_path / "a")
+    halves = [trainer.objective.batch([0, 1]), trainer.objective.batch([2, 3])]
+    wanted = {name: 0.0 for name in trainer.weights}
+    for part, batch in enumerate(halves):
+        trainer.objective.loss(batch, trainer._draws(f"0 {part}"))[0].backward()
+        for name, p in trainer.weights.items():
+            wanted[name] = wanted[name] + p.grad / 2
+            p.grad = None
+    trainer.train_step(halves)
+    for name, p in trainer.weights.items():  # the first moment is a tenth of the gradient after one step
+        assert relative_l2(trainer.optimizer.state[p]["exp_avg"] * 10, wanted[name]) <= 1e-4
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    trainer = Trainer(movq_objective(), Settings(2, 2, save_every=1), tmp_path)
+    trainer.run(progress=False)
+    trainer.weights.popitem()
+    with pytest.raises(ValueError, match="another model"):
+        trainer.load()
+
+
+def test_the_average_is_what_is_written(tmp_path):
+    objective = movq_objective()
+    Trainer(objective, Settings(3, 2, warmup=1, learning_rate=0.01), tmp_path).run(progress=False)
+    written = MoVQ.from_pretrained(tmp_path / "movq").state_dict()
+    saved = state(tmp_path)
+    for name, tensor in written.items():
+        assert torch.equal(tensor, saved[f"average.movq.{name}"])
+    assert not torch.equal(written["decoder.conv_out.weight"], objective.movq.decoder.conv_out.weight)
+
+
+def write_folder(folder: Path, count: int = 8) -> Path:
+    folder.mkdir()
+    pixels, captions, _ = shapes.batch(5, range(count), 64)
+    lines = []
+    for i, (picture, text) in enumerate(zip(pixels, captions)):
+        array = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(array).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_folder_reports_and_leaves_out_what_it_cannot_read(tmp_path, capsys):
+    folder = write_folder(tmp_path / "pictures", 3)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('\n{"file_name": "none.png", "text": "x"}\nnot json\n{"text": "no name"}\n')
+    data = Folder(folder, 32)
+    assert len(data) == 2 and capsys.readouterr().err.count("left out") == 4
+    samples = data.load([0, 1])
+    assert samples.pixels.shape == (2, 3, 32, 32) and samples.pixels.abs().max() <= 1
+    with pytest.raises(ValueError, match="no readable picture"):
+        Folder((tmp_path / "empty").mkdir() or tmp_path / "empty", 32)
+
+
+def test_folder_reads_captions_beside_pictures_and_crops_the_middle(tmp_path, capsys):
+    picture = np.zeros((20, 60, 3), np.uint8)
+    picture[:, 20:40] = 255
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    (tmp_path / "wide.txt").write_text("a white\nsquare\n")
+    Image.fromarray(picture).save(tmp_path / "lonely.png")
+    samples = Folder(tmp_path, 16).load([0])
+    assert samples.captions == ["a white square"] and samples.pixels[..., 1:-1].min() == 1
+    assert "lonely.png has no caption" in capsys.readouterr().err
+
+
+def test_a_run_on_eight_pictures_learns_them(tmp_path):
+    data = Folder(write_folder(tmp_path / "pictures"), 16)
+    movq = initialize(MoVQ(MoVQConfig((32, 32), 1, num_vq_embeddings=20, norm_num_groups=16)), 0)
+    settings = Settings(40, 8, learning_rate=4e-3, warmup=5, ema=0.9, sample_every=40)
+    Trainer(MoVQObjective(movq, data, data), settings, tmp_path / "out").run(progress=False)
+    lines = (tmp_path / "out" / "training" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "loss" in line and "psnr" not in line]
+    measured = [json.loads(line) for line in lines if "psnr" in line]
+    assert losses[-1] < losses[0] / 2 and measured[-1]["psnr"] > 14
+    assert (tmp_path / "out" / "training" / "samples" / "0000040.png").exists()
+
+
+def test_tokenizer_ends_prompts_with_the_largest_id(tmp_path):
+    captions = Shapes(0, 8).load(list(range(300))).captions
+    size = write_tokenizer(captions, tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == size
+    assert tokenizer.convert_tokens_to_ids([START, END]) == [size - 2, size - 1]
+    for text in [*captions[:20], "Crème brûlée, 42 €"]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == size - 2 and ids.index(max(ids)) == len(ids) - 1
+        assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.lower().replace(" ", "")
+    assert len(tokenizer("a red circle above a small blue square")["input_ids"]) == 10
+
+
+def test_scene_labels_and_recolouring_agree_with_the_scene():
+    _, _, scenes = shapes.batch(0, range(20), 8)
+    labels = scene_labels(scenes)
+    for scene, row in zip(scenes, labels):
+        assert int((row[:, 0] > 0).sum()) == len(scene.objects)
+        for item in scene.objects:
+            shape, color, size = row[shapes.PLACES.index(item.place)].tolist()
+            assert list(shapes.SHAPES)[shape - 1] == item.shape and shapes.OBJECT_COLORS[color] == item.color
+            assert size == (item.size == "large")
+    from random import Random
+
+    pixels = shapes.batch(0, [0], 16)[0][0]
+    before = pixels.clone()
+    recolor(pixels, labels[0], Random(1))
+    assert not torch.equal(pixels, before) and pixels.abs().max() <= 1 and (labels[0][:, 1] == -1).all()
+    assert len(pixels.flatten(1).unique(dim=1)[0]) == len(before.flatten(1).unique(dim=1)[0])
+
+
+def test_the_decoders_mean_squared_error_ignores_the_variance():
+    unet = ours(UNet, reference_unet())
+    x0, noise, t, embeds = (
+        randn(2, 4, 8, 8),
+        randn(2, 4, 8, 8, seed=1),
+        torch.tensor([3, 700]),
+        randn(2, EMBEDDING_DIM),
+    )
+    with torch.no_grad():
+        error, _ = decoder_loss(unet, DDPMScheduler(), x0, noise, t, embeds)
+        level = DDPMScheduler().alphas_cumprod[t].reshape(2, 1, 1, 1)
+        eps = unet(level.sqrt() * x0 + (1 - level).sqrt() * noise, t, embeds)[:, :4]
+    torch.testing.assert_close(error, F.mse_loss(eps, noise))

@@ -1,0 +1,116 @@
+"""The training scripts, from nothing to a checkpoint that diffusers draws the same pictures with."""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+
+from kandinsky import Kandinsky
+from kandinsky.cli import WEIGHTS
+from tests.test_training import write_folder
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SHORT = ["--steps", "2", "--batch-size", "4", "--sample-every", "2", "--save-every", "2", "--warmup", "1"]
+TOWERS = [
+    "--dim",
+    "32",
+    "--image-width",
+    "32",
+    "--image-layers",
+    "1",
+    "--text-layers",
+    "1",
+    "--head-dim",
+    "16",
+]
+PRIOR = ["--heads", "2", "--head-dim", "16", "--layers", "1"]
+DECODER = ["--channels", "32", "48", "--head-dim", "16", "--context-dim", "16", "--groups", "8"]
+
+
+def run(script: str, *args) -> int:
+    return runpy.run_path(str(SCRIPTS / f"{script}.py"))["main"](list(map(str, args)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Every network, two steps from nothing, on a folder of eight pictures of 16 pixels."""
+    out = tmp_path_factory.mktemp("trained")
+    data = ["--data", write_folder(out / "pictures"), "--size", "16", *SHORT]
+    assert run("train_movq", "--out", out / "movq", "--channels", "32", "32", "--codes", "20", *data) == 0
+    for stage in ("teacher", "text", "image"):
+        assert run("train_clip", "--stage", stage, "--out", out / "clip", *TOWERS, *data) == 0
+    clip = ["--clip", out / "clip"]
+    assert run("train_prior", "--out", out / "mini-prior", *clip, *PRIOR, *data) == 0
+    decoder = ["--clip", out / "mini-prior", "--movq", out / "movq", *DECODER]
+    assert run("train_decoder", "--out", out / "mini-decoder", *decoder, *data) == 0
+    return out
+
+
+def combined(folder: Path) -> KandinskyV22CombinedPipeline:
+    """diffusers' own pipelines with their default arguments, put together."""
+    prior = KandinskyV22PriorPipeline.from_pretrained(folder / "mini-prior")
+    decoder = KandinskyV22Pipeline.from_pretrained(folder / "mini-decoder")
+    parts = {f"prior_{name}": part for name, part in prior.components.items()}
+    pipeline = KandinskyV22CombinedPipeline(**decoder.components, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def assert_same_pictures(folder: Path, size: int, steps: int) -> None:
+    theirs, ours = combined(folder), Kandinsky.from_pretrained(folder / "mini-decoder")
+    prompt = "a red circle above a small blue square on a yellow background"
+    for seed in (0, 1):
+        settings = {"num_inference_steps": steps, "height": size, "width": size}
+        generator = torch.Generator("cpu").manual_seed(seed)
+        their_picture = theirs(prompt, generator=generator, **settings).images[0]
+        our_picture = ours.text2img(prompt, seed=seed, num_inference_steps=steps)[0]
+        assert our_picture.size == (size, size)  # its own size is the default
+        levels = np.abs(np.asarray(our_picture).astype(int) - np.asarray(their_picture))
+        assert levels.max() <= 1 and np.asarray(our_picture).std() > 0
+
+
+def test_what_the_scripts_write_draws_the_same_pictures_in_diffusers(trained):
+    assert_same_pictures(trained, 16, 4)
+
+
+def test_a_finished_run_changes_nothing_when_started_again(trained):
+    weights = trained / "mini-prior" / "prior" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    data = ["--data", trained / "pictures", "--size", "16", *SHORT]
+    assert run("train_prior", "--out", trained / "mini-prior", "--clip", trained / "clip", *PRIOR, *data) == 0
+    assert weights.read_bytes() == before
+
+
+def test_a_further_run_starts_from_what_was_trained(trained, tmp_path):
+    """Fine-tuning at a rate of zero gives the weights that it was given."""
+    data = ["--data", trained / "pictures", "--size", "16", *SHORT, "--learning-rate", "0"]
+    places = ["--clip", trained / "mini-prior", "--movq", trained / "mini-decoder"]
+    start = ["--init", trained / "mini-decoder"]
+    assert run("train_decoder", "--out", tmp_path / "tuned", *start, *places, *data) == 0
+    for name in ("unet", "movq"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "tuned" / file).read_bytes() == (trained / "mini-decoder" / file).read_bytes()
+
+
+def test_inpainting_starts_from_a_text_to_image_decoder(trained, tmp_path, capsys):
+    data = ["--data", trained / "pictures", "--size", "16", *SHORT]
+    places = ["--clip", trained / "mini-prior", "--movq", trained / "mini-decoder", "--task", "inpaint"]
+    assert run("train_decoder", "--out", tmp_path / "fails", *places, *data) == 2
+    assert "needs --init" in capsys.readouterr().err
+    start = ["--init", trained / "mini-decoder"]
+    assert run("train_decoder", "--out", tmp_path / "inpaint", *start, *places, *data) == 0
+    assert Kandinsky.from_pretrained(tmp_path / "inpaint").unet_config.in_channels == 9
+
+
+@pytest.mark.skipif(not (WEIGHTS / "mini-decoder").is_dir(), reason="no embedded checkpoint")
+def test_the_embedded_checkpoint_draws_the_same_pictures_in_diffusers():
+    assert_same_pictures(WEIGHTS, 64, 50)
+
+
+@pytest.mark.skipif(not (WEIGHTS / "mini-decoder").is_dir(), reason="no embedded checkpoint")
+def test_the_embedded_checkpoint_is_small():
+    files = [path for name in ("mini-prior", "mini-decoder") for path in (WEIGHTS / name).rglob("*")]
+    assert sum(path.stat().st_size for path in files) <= 24 * 2**20
