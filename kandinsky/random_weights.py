@@ -41,13 +41,13 @@ from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler, to_config
 from kandinsky.unet import UNet
+from kandinsky.vocabulary import write_vocabulary
 
 PIECE = 2**22  # numbers drawn and written at a time
 RECORD = "random.json"  # says of a folder that its weights were drawn here, and how
 BYTES = {torch.int64: 8, torch.float32: 4, torch.float16: 2}
 NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16"}
-START, END = "<|startoftext|>", "<|endoftext|>"
-MERGES = ("r e", "re d</w>", "c a", "ca t</w>", "a n")
+MERGES = (("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>"), ("a", "n"))
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -212,28 +212,8 @@ def write_network(folder: Path, network: type, config: Any, seed: int, say: Call
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 519) -> Path:
-    """A byte-level CLIP vocabulary: 256 bytes, 256 that end a word, a few merges; the two specials are last.
-
-    Ids between the merges and the specials stand for nothing when vocab_size is larger than is needed.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = symbols + [s + "</w>" for s in symbols] + [merge.replace(" ", "") for merge in MERGES]
-    if vocab_size < len(tokens) + 2:
-        raise ValueError(f"vocab_size is {vocab_size}; at least {len(tokens) + 2} are needed")
-    vocab = {token: i for i, token in enumerate(tokens)} | {START: vocab_size - 2, END: vocab_size - 1}
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    settings = {**special, "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
-    write_json(vocab, folder / "vocab.json")
-    with atomic_file(folder / "merges.txt") as temporary:
-        temporary.write_text("\n".join(("#version: 0.2", *MERGES, "")), encoding="utf-8")
-    write_json(special, folder / "special_tokens_map.json")
-    settings |= {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
-    write_json(settings, folder / "tokenizer_config.json")
+    """A byte-level CLIP tokenizer with a few merges; the two special tokens have the highest ids."""
+    write_vocabulary(MERGES, folder, vocab_size)
     return folder
 
 

@@ -55,16 +55,28 @@ def _merge(symbols: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 def write_tokenizer(captions: Iterable[str], folder: Path, most: int = 1000) -> int:
     """Learns from the captions and writes the tokenizer's folder -> the size of its vocabulary"""
-    merges = learn_merges(captions, most)
-    symbols = byte_symbols()
-    tokens = [*symbols, *(f"{s}</w>" for s in symbols), *map("".join, merges), START, END]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return write_vocabulary(learn_merges(captions, most), folder)
+
+
+def write_vocabulary(merges: Iterable[tuple[str, str]], folder: Path, size: int | None = None) -> int:
+    """Writes the tokenizer's folder -> the size of its vocabulary
+
+    size: of a larger one, in which the ids between the merges and the two specials stand for nothing. A
+        ValueError where it is too small.
+    """
+    merges, symbols = list(merges), byte_symbols()
+    tokens = dict.fromkeys([*symbols, *(f"{s}</w>" for s in symbols), *map("".join, merges)])
+    size = len(tokens) + 2 if size is None else size
+    if size < len(tokens) + 2:
+        raise ValueError(f"the vocabulary's size is {size}; at least {len(tokens) + 2} are needed")
+    vocabulary = {token: i for i, token in enumerate(tokens)} | {START: size - 2, END: size - 1}
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    settings = {**special, "do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    settings = {**special, "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    settings |= {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     write_json(vocabulary, folder / "vocab.json")
     with atomic_file(folder / "merges.txt") as temporary:
         lines = ["#version: 0.2", *map(" ".join, merges)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(special, folder / "special_tokens_map.json")
     write_json(settings, folder / "tokenizer_config.json")
-    return len(vocabulary)
+    return size
