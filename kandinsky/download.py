@@ -139,11 +139,14 @@ def download(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for repository in repositories:  # what killed runs left takes room
+        if (out / repository.name).is_dir():
+            with _exclusive(out / repository.name):
+                _sweep(out / repository.name, [*repository.files, RECORD, ZERO_IMAGE])
     _check_space(out, sum(_missing_bytes(r.with_record(out / r.name), out / r.name) for r in repositories))
     for repository in repositories:
         folder = out / repository.name
         with _exclusive(folder):
-            _sweep(folder, [*repository.files, RECORD, ZERO_IMAGE])
             _Fetch(repository, folder, endpoint and endpoint.rstrip("/"), say).run()
     for repository in repositories:
         if "image_encoder/config.json" in repository.files:
@@ -368,7 +371,6 @@ def _exclusive(folder: Path) -> Iterator[None]:
     leftovers.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(leftovers / "kandinsky.lock", timeout=0):
-            shutil.rmtree(leftovers / "download", ignore_errors=True)  # of a run that was killed
             try:
                 with _plain_http():
                     yield

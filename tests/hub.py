@@ -36,6 +36,7 @@ class Hub:
     files: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    revisions: set[str] = field(default_factory=set)  # of which bodies were asked
     sent: int = 0  # bytes of bodies
     commits: dict[str, str] = field(default_factory=dict)  # what a branch's name stands for
 
@@ -94,6 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_large = name.endswith(LARGE)
         if not (method == "GET" and is_large and not storage):  # its redirect has no body
             self.hub.requests.append((method, name, self.headers.get("Range")))
+            self.hub.revisions |= {revision} if method == "GET" else set()
         fault = self.hub.fault(name, method) if storage or not is_large or method == "HEAD" else None
         if fault and fault.status:
             self.reply(fault.status, {})

@@ -172,13 +172,16 @@ def test_verify_needs_no_network_and_lists_what_is_wrong(place, capsys):
 
 
 @pytest.mark.parametrize("known", ["nothing", "the start"])
-def test_what_the_manifest_does_not_know_is_taken_from_the_hub_and_kept(place, capsys, known):
+@pytest.mark.parametrize("damaged, hash_name", [(WEIGHTS, "sha256"), ("unet/config.json", "git sha1")])
+def test_what_the_manifest_does_not_know_is_taken_from_the_hub_and_kept(
+    place, capsys, known, damaged, hash_name
+):
     for entry in place.repositories[NAME]["files"].values():
         entry["sha256"] = None if known == "nothing" else entry["sha256"][:8]
         entry["bytes"] = None if known == "nothing" else entry["bytes"]
-    place.hub.faults[WEIGHTS] = Fault(content=b"x" * len(FILES[WEIGHTS]), times=1)
+    place.hub.faults[damaged] = Fault(content=b"x" * len(FILES[damaged]), times=1)
     assert place.run() == 2
-    assert "has the right size but other content (sha256)" in one_line(capsys)
+    assert f"({hash_name if known == 'nothing' else 'sha256'}); it was removed" in one_line(capsys)
     assert place.run() == 0
     record = json.loads((place.out / NAME / download.RECORD).read_text())
     assert record == {"files": {name: facts(content) for name, content in FILES.items()}}
@@ -250,9 +253,11 @@ def test_a_file_of_another_commit_is_refused(place, capsys):
 
 
 def test_without_a_pinned_commit_all_files_come_from_the_one_that_is_named(place, capsys):
-    place.publish(NAME, FILES, revision="main")
+    entry = place.publish(NAME, FILES, revision="main")
     place.hub.commits["main"] = COMMIT
+    place.hub.files[entry["repository"], COMMIT] = FILES
     assert place.run() == 0 and place.there() == FILES
+    assert place.hub.revisions == {COMMIT}
     assert f"no commit is pinned; main is now {COMMIT}" in capsys.readouterr().out
 
 
@@ -305,6 +310,15 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_asked(place, capsy
     err = one_line(capsys)
     assert "free, 1000000000.00 GB are needed" in err and "--only" in err
     assert place.hub.requests == [] and place.there() == {}
+
+
+def test_what_a_killed_run_left_is_gone_before_room_is_looked_for(place, capsys):
+    place.repositories[NAME]["files"][WEIGHTS]["bytes"] = 10**18
+    left = place.out / NAME / ".cache" / "huggingface" / "download" / "x.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert place.run() == 2 and place.there() == {}
+    assert "are needed" in one_line(capsys)
 
 
 def test_files_that_are_there_need_no_more_room(place):
@@ -472,9 +486,9 @@ def pickled(model: torch.nn.Module, path: Path) -> bytes:
 @pytest.fixture
 def depth(hub, tmp_path) -> Place:
     """A hint checkpoint of which only the fallback's pickles are on the hub."""
-    unet, movq = reference_unet(8, hint=True), reference_movq(3)
-    unet.save_pretrained(tmp_path / "made" / "unet")
-    movq.save_pretrained(tmp_path / "made" / "movq")
+    reference_unet(8, hint=True).save_pretrained(tmp_path / "made" / "unet")
+    reference_movq(3).save_pretrained(tmp_path / "made" / "movq")
+    unet, movq = reference_unet(8, hint=True, seed=1), reference_movq(3, seed=1)  # other content
     place = Place(hub, tmp_path)
     files = contents(tmp_path / "made")
     pickles = {
@@ -497,10 +511,10 @@ def test_where_the_pinned_commit_is_gone_the_fallbacks_pickles_are_converted(dep
     assert f"{COMMIT[:8]} is gone; pickles of {OTHER[:8]} instead" in capsys.readouterr().out
     assert depth.there().keys() == {download.RECORD, *depth.repositories[NAME]["files"]}
     for part in ("unet", "movq"):
-        name = f"{part}/diffusion_pytorch_model.safetensors"
-        official, converted = load_file(tmp_path / "made" / name), load_file(depth.out / NAME / name)
-        assert converted.keys() == official.keys()
-        assert all(torch.equal(converted[key], tensor) for key, tensor in official.items())
+        converted = load_file(depth.out / NAME / part / "diffusion_pytorch_model.safetensors")
+        pickle = torch.load(tmp_path / f"{part}.bin", weights_only=True)
+        assert converted.keys() == pickle.keys()
+        assert all(torch.equal(converted[key], tensor) for key, tensor in pickle.items())
     UNet.from_pretrained(depth.out / NAME / "unet")
 
     depth.hub.requests.clear()
