@@ -22,7 +22,7 @@ from transformers import CLIPVisionModelWithProjection
 from kandinsky import Kandinsky, cli, download
 from kandinsky.checkpoint import CheckpointError, atomic_file
 from kandinsky.unet import UNet
-from tests.helpers import SHARED, relative_l2
+from tests.helpers import SHARED, largest_file, relative_l2
 from tests.hub import Fault, Hub
 from tests.small import reference_movq, reference_unet
 from tests.test_checkpoint import OFFICIAL, predicted_bytes
@@ -565,6 +565,19 @@ def test_another_image_tower_takes_its_zero_image_along(whole):
     assert (prior / download.ZERO_IMAGE).read_bytes() != stored
     assert whole.run() == 0  # fetches the tower again
     assert (prior / download.ZERO_IMAGE).read_bytes() == stored
+
+
+def test_a_full_disk_under_the_zero_image_is_one_line(whole, capsys):
+    assert whole.run() == 0
+    stored = whole.out / "kandinsky-2-2-prior" / download.ZERO_IMAGE
+    content = stored.read_bytes()
+    stored.unlink()
+    with largest_file(100):
+        manifest = ("--manifest", whole.manifest, "--out", whole.out)
+        assert run("download_weights", "2.2", *manifest) == 2
+    assert f"{stored} was not written" in one_line(capsys)
+    assert whole.run() == 0 and stored.read_bytes() == content
+    assert not [path for path in stored.parent.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
