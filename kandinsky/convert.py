@@ -7,6 +7,7 @@ of this package, or the decoder of 2.1. The pickle is opened with `weights_only=
 """
 
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -234,7 +235,9 @@ def _load(path: Path) -> Any:
     if not Path(path).is_file():
         raise CheckpointError(f"no such file: {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickles, before the error that refuses them
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged or hostile pickle may raise anything

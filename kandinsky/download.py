@@ -10,6 +10,7 @@ transfer was killed. It is imported when used, and told to use plain HTTP.
 """
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -20,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from safetensors import SafetensorError
 
 from kandinsky.checkpoint import CheckpointError, open_safetensors, read_json, write_json, write_safetensors
 
@@ -76,8 +79,7 @@ class Repository:
 
     def with_record(self, folder: Path) -> "Repository":
         """The same, with what the folder's record knows besides: of files the manifest knows less of."""
-        path = folder / RECORD
-        record = read_json(path).get("files", {}) if path.exists() else {}
+        record = _read_record(folder)
         return replace(self, files={n: _recorded(file, record.get(n), n) for n, file in self.files.items()})
 
 
@@ -118,6 +120,8 @@ def verify(repositories: list[Repository], out: Path, say: Say = print) -> list[
                 problems.append(f"{folder / name}: {problem}")
             elif not file.is_known:
                 say(f"{folder / name}: no hash is known of it; only that it is there was checked")
+        if (folder / ZERO_IMAGE).exists() and not _has_zero_image(folder):
+            problems.append(f"{folder / ZERO_IMAGE}: damaged; remove it and download again")
     return problems
 
 
@@ -135,6 +139,10 @@ def download(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    for repository in repositories:  # what killed runs left takes room
+        if (out / repository.name).is_dir():
+            with _exclusive(out / repository.name):
+                _sweep(out / repository.name, [*repository.files, RECORD, ZERO_IMAGE])
     check_space(out, sum(_missing_bytes(r.with_record(out / r.name), out / r.name) for r in repositories))
     for repository in repositories:
         folder = out / repository.name
@@ -148,11 +156,8 @@ def download(
 def store_zero_image_embeds(prior: Path, say: Say = print) -> None:
     """Computes the embedding of the zero image and keeps it in the prior's folder, unless it is there."""
     path = prior / ZERO_IMAGE
-    try:
-        if list(open_safetensors(path).keys()) == ["zero_image_embeds"]:
-            return
-    except CheckpointError:
-        pass
+    if _has_zero_image(prior):
+        return
     from kandinsky.parts import compute_zero_image_embeds
 
     say(f"{path}: computing it, once (reads the image tower in float32)")
@@ -163,7 +168,10 @@ def store_zero_image_embeds(prior: Path, say: Say = print) -> None:
             f"{path} was not computed ({str(error).splitlines()[0]}); all files are downloaded, and the "
             "pipeline computes it when it is needed"
         ) from error
-    write_safetensors({"zero_image_embeds": embeds}, path)
+    try:
+        write_safetensors({"zero_image_embeds": embeds}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} was not written: {error}") from error
 
 
 class _Fetch:
@@ -226,10 +234,13 @@ class _Fetch:
         from huggingface_hub import hf_hub_download
 
         source = self.folder / (file.pickle or name)
-        source.unlink(missing_ok=True)
-        where = {"revision": self.revision, "endpoint": self.endpoint, "local_dir": self.folder}
-        with _explained(str(source)):
-            hf_hub_download(self.repository.repository, file.pickle or name, **where)
+        if name.startswith("image_encoder/"):
+            (self.folder / ZERO_IMAGE).unlink(missing_ok=True)  # the former tower's
+        if file.problem(source):  # a pickle may be there and right, its conversion killed
+            source.unlink(missing_ok=True)
+            where = {"revision": self.revision, "endpoint": self.endpoint, "local_dir": self.folder}
+            with _explained(str(source)):
+                hf_hub_download(self.repository.repository, file.pickle or name, **where)
         problem = file.problem(source)
         if problem:
             source.unlink(missing_ok=True)
@@ -250,12 +261,11 @@ class _Fetch:
         """Keeps what the manifest does not know of a file that was found right."""
         if len(self.files[name].sha256 or "") == 64 and not file.pickle:
             return
-        path, target = self.folder / RECORD, self.folder / name
-        record = read_json(path) if path.exists() else {"files": {}}
+        target, record = self.folder / name, _read_record(self.folder)
         is_hashed = len(file.sha256 or "") == 64 and not file.pickle
         entry = {"bytes": target.stat().st_size, "sha256": file.sha256 if is_hashed else _sha256(target)}
-        record["files"][name] = entry | ({"converted": True} if file.pickle else {})
-        write_json(record, path)
+        record[name] = entry | ({"converted": True} if file.pickle else {})
+        write_json({"files": record}, self.folder / RECORD)
 
 
 class _Gone(DownloadError):
@@ -293,9 +303,26 @@ def _check_name(name: str, single: bool = False) -> str:
     return name
 
 
-def _recorded(file: File, entry: Any, name: str) -> File:
+def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the folder's record says of each file; nothing where there is none."""
+    path = folder / RECORD
+    files = read_json(path).get("files") if path.exists() else {}
+    keys = {"bytes", "sha256"}
+    if not isinstance(files, dict) or not all(isinstance(e, dict) and keys <= set(e) for e in files.values()):
+        raise CheckpointError(f"{path} is no record of a download; remove it and download again")
+    return files
+
+
+def _has_zero_image(prior: Path) -> bool:
+    try:
+        return list(open_safetensors(prior / ZERO_IMAGE).keys()) == ["zero_image_embeds"]
+    except CheckpointError:
+        return False
+
+
+def _recorded(file: File, entry: dict[str, Any] | None, name: str) -> File:
     """Of a converted file the record alone knows; of others it completes what the manifest knows."""
-    if not isinstance(entry, dict):
+    if entry is None:
         return file
     noted = _file(name, entry)
     if entry.get("converted"):
@@ -327,11 +354,10 @@ def _missing_bytes(repository: Repository, folder: Path) -> int:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises a DownloadError where the disk has no room for so many bytes."""
     free = shutil.disk_usage(folder).free
     if needed and needed + _SPARE > free:
         raise DownloadError(
-            f"{folder.resolve()} has {_human(free)} free, {_human(needed)} are needed; make room, take one "
+            f"{folder.resolve()} has {_human(free)} free, {_human(needed)} are needed; make room, fetch one "
             "part at a time with --only, or name a folder on another disk with --out"
         )
 
@@ -345,16 +371,23 @@ def _exclusive(folder: Path) -> Iterator[None]:
     leftovers.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(leftovers / "kandinsky.lock", timeout=0):
-            shutil.rmtree(leftovers / "download", ignore_errors=True)  # of a run that was killed
             try:
                 with _plain_http():
                     yield
             finally:
                 shutil.rmtree(leftovers, ignore_errors=True)
-                if not any(leftovers.parent.iterdir()):
-                    leftovers.parent.rmdir()
+                for empty in (leftovers.parent, folder):
+                    if not any(empty.iterdir()):
+                        empty.rmdir()
     except Timeout:
         raise DownloadError(f"another download into {folder} is running; wait for its end") from None
+
+
+def _sweep(folder: Path, names: list[str]) -> None:
+    """Removes what a killed conversion or write left behind: `atomic_file`'s temporaries of these files."""
+    for path in (folder / name for name in names):
+        for orphan in path.parent.glob(f".{glob.escape(path.name)}.*{glob.escape(path.suffix)}"):
+            orphan.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -369,7 +402,7 @@ def _plain_http() -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            # it warns of little space twice before the error that says so
+            # the library's own line on little space; ours stands in the error, where it comes to that
             warnings.filterwarnings("ignore", "Not enough free disk space")
             yield
     finally:
@@ -405,7 +438,7 @@ def _explanation(error: BaseException, what: str) -> str | None:
     if status == 429:
         return f"the hub refuses {what} for now: too many requests (429); wait some minutes and {again}"
     if status in (401, 403):
-        return f"the hub refuses {what} ({status}): it is not public, or a saved token is no longer valid"
+        return f"the hub refuses {what} ({status}): it is gone, not public, or a saved token has expired"
     if status is not None:
         return f"the hub answers {status} for {what}; {again}"
     # httpx or httpx2, by the hub library's version

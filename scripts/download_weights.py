@@ -53,7 +53,7 @@ def main(argv=None) -> int:
         problems = download.verify(repositories, out, say)
         say("\n".join(problems) or "everything is there and right")
         return 1 if problems else 0
-    download.download(repositories, out, os.environ.get("HF_ENDPOINT"), say)
+    download.download(repositories, out, os.environ.get("HF_ENDPOINT") or None, say)
     return 0
 
 

@@ -1,45 +1,73 @@
-"""A stand-in of the hub on loopback: what huggingface_hub asks for, and the faults a network has."""
+"""A stand-in of the hub on loopback: what huggingface_hub asks of it, and the ways in which it can fail.
+
+Small files are answered at once, named by their git sha1. Large ones (weights) are redirected to another
+host name, as the real hub redirects to its storage, and offered through Xet too, which nobody here serves.
+"""
 
 import hashlib
+import re
+import socket
+import struct
 import threading
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
-REVISION = "a" * 40
+LARGE = (".safetensors", ".bin", ".model")
 
 
 @dataclass
 class Fault:
-    """What goes wrong with a file's transfer; `times` limits how often."""
+    """What goes wrong with a file's transfer, the next `times` times."""
 
-    status: int | None = None  # answer this instead
+    cut_after: int | None = None  # the connection closes after so many bytes
+    reset_after: int | None = None  # it is reset instead
+    hold_after: int | None = None  # nothing more comes until `Hub.release`
+    content: bytes | None = None  # sent instead of the file's
+    status: int | None = None
     method: str = "GET"
-    cut_at: int | None = None  # close the connection after so many bytes
-    hang_at: int | None = None  # send so many bytes, then nothing
-    body: bytes | None = None  # send this instead
     times: int = 10**6
 
 
 @dataclass
 class Hub:
-    """Files by (repository, revision, name); `log` lists (method, name, range) of every request answered."""
+    """Repositories by name and revision; `requests` are (method, file, range) in their order."""
 
-    files: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
+    files: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
-    log: list[tuple[str, str, str | None]] = field(default_factory=list)
-    reached: threading.Event = field(default_factory=threading.Event)  # a transfer hangs
-    closing: threading.Event = field(default_factory=threading.Event)
-    endpoint: str = ""
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    revisions: set[str] = field(default_factory=set)  # of which bodies were asked
+    sent: int = 0  # bytes of bodies
+    commits: dict[str, str] = field(default_factory=dict)  # what a branch's name stands for
 
-    def transfers(self) -> list[str]:
-        return [name for method, name, _ in self.log if method == "GET"]
+    def __post_init__(self):
+        self.held, self.released = threading.Event(), threading.Event()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
 
-    def ranges(self, wanted: str) -> list[str | None]:
-        return [asked for method, name, asked in self.log if method == "GET" and name == wanted]
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
-    def fault(self, method: str, name: str) -> Fault | None:
+    @property
+    def bodies(self) -> list[str]:
+        """The files whose content was asked for, one entry a transfer or piece of it."""
+        return [name for method, name, _ in self.requests if method == "GET"]
+
+    def __enter__(self) -> "Hub":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def fault(self, name: str, method: str) -> Fault | None:
         fault = self.faults.get(name)
         if fault is None or fault.method != method or fault.times == 0:
             return None
@@ -47,98 +75,86 @@ class Hub:
         return fault
 
 
-def is_large(name: str) -> bool:
-    """What the real hub keeps in another storage, to which it redirects."""
-    return name.endswith((".safetensors", ".bin"))
-
-
-def etag(name: str, content: bytes) -> str:
-    """sha256 for large files, git's name for small ones, as on the real hub."""
-    if is_large(name):
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
-    def log_message(self, *_):
+    def do_HEAD(self) -> None:
+        self.answer("HEAD")
+
+    def do_GET(self) -> None:
+        self.answer("GET")
+
+    def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self):
-        self._answer("HEAD")
+    def answer(self, method: str) -> None:
+        storage = self.path.startswith("/storage/")
+        match = re.fullmatch(r"(?:/storage)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", unquote(self.path))
+        repository, revision, name = match.groups() if match else ("", "", self.path)
+        content = self.hub.files.get((repository, revision), {}).get(name)
+        is_large = name.endswith(LARGE)
+        if not (method == "GET" and is_large and not storage):  # its redirect has no body
+            self.hub.requests.append((method, name, self.headers.get("Range")))
+            self.hub.revisions |= {revision} if method == "GET" else set()
+        fault = self.hub.fault(name, method) if storage or not is_large or method == "HEAD" else None
+        if fault and fault.status:
+            self.reply(fault.status, {})
+        elif content is None:
+            code = "EntryNotFound" if (repository, revision) in self.hub.files else "RevisionNotFound"
+            self.reply(404, {"X-Error-Code": code})
+        elif is_large and not storage:
+            self.redirect(repository, revision, content)
+        else:
+            self.transfer(method, revision, content, fault)
 
-    def do_GET(self):
-        self._answer("GET")
+    def redirect(self, repository: str, revision: str, content: bytes) -> None:
+        self.reply(
+            302,
+            {
+                "Location": f"http://localhost:{self.hub.port}/storage{self.path}",
+                "X-Repo-Commit": self.hub.commits.get(revision, revision),
+                "X-Linked-Size": str(len(content)),
+                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Xet-Hash": "0" * 64,
+                "X-Xet-Refresh-Route": f"/api/models/{repository}/xet-read-token/{revision}",
+            },
+        )
 
-    def _answer(self, method: str) -> None:
-        path = unquote(self.path).lstrip("/")
-        in_storage = path.startswith("storage/")
-        repository, _, rest = path.removeprefix("storage/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        content = self.hub.files.get((repository, revision, name))
-        if content is None:
-            return self._say(404, {"X-Error-Code": "RevisionNotFound"})
-        redirects = is_large(name) and not in_storage
-        if method == "GET" and not redirects:
-            self.hub.log.append((method, name, self.headers.get("Range")))
-        elif method == "HEAD":
-            self.hub.log.append((method, name, None))
-        fault = None if redirects and method == "GET" else self.hub.fault(method, name)
-        if fault is not None and fault.status is not None:
-            return self._say(fault.status, {"Retry-After": "0"})
-        headers = {"ETag": f'"{etag(name, content)}"', "X-Repo-Commit": revision, "Accept-Ranges": "bytes"}
-        if redirects:
-            port = self.server.server_address[1]
-            headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": headers["ETag"]}
-            return self._say(302, headers | {"Location": f"http://localhost:{port}/storage/{path}"})
-        self._send(content, headers, fault, method == "HEAD")
+    def transfer(self, method: str, revision: str, content: bytes, fault: Fault | None) -> None:
+        git_sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        headers = {"ETag": f'"{git_sha1}"', "X-Repo-Commit": self.hub.commits.get(revision, revision)}
+        content = content if fault is None or fault.content is None else fault.content
+        start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range") or "") or [0, 0])[1])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.reply(206 if start else 200, headers, content[start:], fault, with_body=method == "GET")
 
-    def _send(self, content: bytes, headers: dict, fault: Fault | None, head_only: bool) -> None:
-        if fault is not None and fault.body is not None:
-            content = fault.body
-        start, size = 0, len(content)
-        asked = self.headers.get("Range")
-        if asked and not head_only:
-            start = int(asked.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-        self.send_response(206 if start else 200)
-        for key, value in {**headers, "Content-Length": str(size - start)}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if head_only:
-            return
-        cut = None if fault is None else fault.cut_at if fault.hang_at is None else fault.hang_at
-        self.wfile.write(content[start:cut])
-        self.wfile.flush()
-        if fault is not None and fault.hang_at is not None:
-            self.hub.reached.set()
-            self.hub.closing.wait(30)
-        self.close_connection = cut is not None
-
-    def _say(self, status: int, headers: dict[str, str]) -> None:
+    def reply(
+        self,
+        status: int,
+        headers: dict[str, str],
+        body: bytes = b"",
+        fault: Fault | None = None,
+        with_body: bool = True,
+    ) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": "0"}.items():
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
+        if with_body and self.command == "GET":
+            self.send(body, fault or Fault())
 
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request, client_address):  # a client that was killed is no news
-        pass
-
-
-@contextmanager
-def running(hub: Hub):
-    server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield hub
-    finally:
-        hub.closing.set()
-        server.shutdown()
-        server.server_close()
+    def send(self, body: bytes, fault: Fault) -> None:
+        stops = [n for n in (fault.cut_after, fault.reset_after, fault.hold_after) if n is not None]
+        try:
+            self.wfile.write(body[: stops[0]] if stops else body)
+            self.wfile.flush()
+            self.hub.sent += len(body[: stops[0]] if stops else body)
+            if fault.reset_after is not None:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            elif fault.hold_after is not None:
+                self.hub.held.set()
+                self.hub.released.wait(60)
+        except OSError:  # the other side was killed, or gave up
+            pass

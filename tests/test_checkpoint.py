@@ -1,6 +1,7 @@
 """The published layout: what is read, what is refused and how it is said, what is written."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -125,6 +126,23 @@ def test_weights_are_cast_on_the_way(folder):
     }
 
 
+def predicted_bytes(tensors: dict[str, torch.Tensor], stale: dict[str, list[int]], dtype: str) -> int:
+    """Of the safetensors file that holds these, and stale integers by name and shape.
+
+    Such a file is 8 bytes, a JSON header padded to 8 bytes, the tensors by element size, then name.
+    """
+    entries, offset = {"__metadata__": {"format": "pt"}}, 0
+    rows = [(key, "I64", shape, 8) for key, shape in sorted(stale.items())]
+    size = {"F16": 2, "F32": 4}[dtype]
+    rows += [(key, dtype, list(tensor.shape), size) for key, tensor in sorted(tensors.items())]
+    for key, kind, shape, width in rows:
+        end = offset + width * math.prod(shape)
+        entries[key] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    header = len(json.dumps(entries, separators=(",", ":")))
+    return 8 + -(-header // 8) * 8 + offset
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_names_shapes_and_file_sizes_are_the_official_ones(name):
     path = SHARED / "checkpoints" / "keys" / f"{name}.keys.txt"
@@ -140,19 +158,8 @@ def test_names_shapes_and_file_sizes_are_the_official_ones(name):
     assert {k: str(list(v.shape)) for k, v in tensors.items()} == official
     assert set(stale) <= {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"}
 
-    # a safetensors file: 8 bytes, a JSON header padded to 8 bytes, the tensors by element size, then name
-    dtype, size = ("F16", 2) if "image_encoder" in name else ("F32", 4)
-    entries, offset = {"__metadata__": {"format": "pt"}}, 0
-    for key, row in sorted(stale.items()):
-        shape = json.loads(row[1])
-        entries[key] = {"dtype": "I64", "shape": shape, "data_offsets": [offset, offset + 8 * shape[-1]]}
-        offset += 8 * shape[-1]
-    for key in sorted(tensors):
-        end = offset + size * tensors[key].numel()
-        entries[key] = {"dtype": dtype, "shape": list(tensors[key].shape), "data_offsets": [offset, end]}
-        offset = end
-    header = len(json.dumps(entries, separators=(",", ":")))
-    predicted = 8 + -(-header // 8) * 8 + offset
+    integers = {key: json.loads(row[1]) for key, row in stale.items()}
+    predicted = predicted_bytes(tensors, integers, "F16" if "image_encoder" in name else "F32")
     (sizes,) = [line for line in lines if "official size(s)" in line]
     assert f"official size(s)=[{predicted}]" in sizes
 

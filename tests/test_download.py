@@ -1,10 +1,11 @@
-"""The download against a stand-in of the hub on loopback: what goes right, and each way it goes wrong."""
+"""The download, against a stand-in of the hub: what arrives, what is refused, what a failure leaves."""
 
+import errno
 import hashlib
-import io
 import json
 import os
-import shutil
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -13,326 +14,668 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import CLIPVisionModelWithProjection
 
-from kandinsky import download
-from kandinsky.checkpoint import CheckpointError, open_safetensors
-from tests.hub import REVISION, Fault, Hub, running
-from tests.small import reference_image_encoder, reference_movq, reference_unet
-from tests.test_scripts import load
+from kandinsky import Kandinsky, cli, download
+from kandinsky.checkpoint import CheckpointError, atomic_file
+from kandinsky.unet import UNet
+from tests.helpers import SHARED, largest_file, relative_l2
+from tests.hub import Fault, Hub
+from tests.small import reference_movq, reference_unet
+from tests.test_checkpoint import OFFICIAL, predicted_bytes
+from tests.test_scripts import SCRIPTS, run
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download_weights.py"
+COMMIT, OTHER = "c0ffee" + "0" * 34, "decade" + "0" * 34
 NAME = "kandinsky-2-2-decoder"
-REPOSITORY = f"someone/{NAME}"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FILES = {
-    "model_index.json": b'{"_class_name": "KandinskyV22Pipeline"}',
-    WEIGHTS: bytes(range(256)) * 40_000,
-    "unet/config.json": b'{"a": 1}',
+    "model_index.json": b"{}",
+    WEIGHTS: random.Random(0).randbytes(100_000),
+    "unet/config.json": b'{"in_channels": 4}',
 }
 
 
-def manifest(folder: Path, files: dict[str, bytes], name: str = NAME, **more) -> Path:
-    """A manifest that knows bytes and sha256 of every file."""
-    known = {n: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in files.items()}
-    entry = {"repository": f"someone/{name}", "revision": REVISION, "model": "2.2", "part": "decoder"}
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({"repositories": {name: {**entry, "files": known, **more}}}))
-    return path
+def facts(content: bytes) -> dict:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def hub_with(files: dict[str, bytes], name: str = NAME, revision: str = REVISION) -> Hub:
-    return Hub({(f"someone/{name}", revision, n): content for n, content in files.items()})
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+class Place:
+    """A hub, a manifest of what is on it, and a folder to download into."""
+
+    def __init__(self, hub: Hub, folder: Path):
+        self.hub, self.out, self.manifest = hub, folder / "weights", folder / "manifest.json"
+        self.repositories: dict[str, dict] = {}
+
+    def publish(self, name: str, files: dict[str, bytes], part: str = "decoder", **changes) -> dict:
+        """Puts a repository on the hub and in the manifest; returns its entry there, to be edited."""
+        entry = {"repository": f"someone/{name}", "revision": COMMIT, "model": "2.2", "part": part, **changes}
+        self.hub.files[entry["repository"], entry["revision"]] = dict(files)
+        entry["files"] = {file: facts(content) for file, content in files.items()}
+        self.repositories[name] = entry
+        return entry
+
+    def run(self, *argv: str) -> int:
+        self.manifest.write_text(json.dumps({"repositories": self.repositories}))
+        return run("download_weights", *(argv or ("2.2",)), "--manifest", self.manifest, "--out", self.out)
+
+    def there(self) -> dict[str, bytes]:
+        return contents(self.out / NAME) if (self.out / NAME).exists() else {}
 
 
 @pytest.fixture
-def hub():
-    with running(hub_with(FILES)) as hub:
+def hub(monkeypatch):
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         yield hub
 
 
 @pytest.fixture
-def run(hub, tmp_path, monkeypatch, capfd):
-    """The script, in process, against the stand-in; gives exit code, stdout and the lines of an error."""
-    monkeypatch.setattr(sys, "argv", ["download_weights.py"])
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-    def call(*argv, path: Path | None = None, endpoint: str | None = None):
-        monkeypatch.setenv("HF_ENDPOINT", endpoint or hub.endpoint)
-        capfd.readouterr()
-        place = ["--out", tmp_path / "weights", "--manifest", path or manifest(tmp_path, FILES)]
-        try:
-            code = load("download_weights").main([str(a) for a in ["2.2", *place, *argv]])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        out, err = capfd.readouterr()
-        return code, out, [line for line in err.splitlines() if line.startswith("download_weights.py:")]
-
-    return call
+def place(hub, tmp_path) -> Place:
+    """With one small decoder published."""
+    place = Place(hub, tmp_path)
+    place.publish(NAME, FILES)
+    return place
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below the folder, hidden ones too."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+@pytest.fixture
+def patience(monkeypatch):
+    """Seconds the hub library would have waited between its retries, without the waiting."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    waited: list[float] = []
+    clock = type("Clock", (), {"sleep": staticmethod(waited.append), "time": staticmethod(lambda: 0.0)})
+    monkeypatch.setattr(file_download, "time", clock)
+    monkeypatch.setattr(_http, "time", clock)
+    return waited
 
 
-def one_line(result) -> str:
-    code, _, errors = result
-    assert code == 2 and len(errors) == 1, result
-    return errors[0]
+def one_line(capsys) -> str:
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    return err
 
 
-def test_every_file_arrives_and_a_second_run_transfers_nothing(run, hub, tmp_path):
-    code, out, _ = run()
-    assert code == 0 and sorted(hub.transfers()) == sorted(FILES)
-    assert contents(tmp_path / "weights" / NAME) == FILES, "no other file may stay"
-    assert f"{NAME} 1/3: model_index.json" in out
-    hub.log.clear()
-    code, out, _ = run()
-    assert code == 0 and hub.log == [] and "all 3 files are there and right" in out
+@pytest.fixture
+def whole(decoder_folder, hub, tmp_path) -> Place:
+    """A whole small Kandinsky, prior and decoder, as diffusers writes them."""
+    place = Place(hub, tmp_path)
+    place.publish("kandinsky-2-2-prior", contents(decoder_folder.parent / "kandinsky-2-2-prior"), "prior")
+    place.publish(NAME, contents(decoder_folder))
+    return place
 
 
-def test_a_cut_connection_resumes_where_it_was_cut(run, hub, tmp_path):
-    large = {WEIGHTS: bytes(range(256)) * 100_000}  # the library writes pieces of 10 MiB
-    hub.files = hub_with(large).files
-    hub.faults[WEIGHTS] = Fault(cut_at=15_000_000, times=1)
-    assert run(path=manifest(tmp_path, large))[0] == 0
-    assert hub.ranges(WEIGHTS) == [None, f"bytes={10 * 2**20}-"]
-    assert contents(tmp_path / "weights" / NAME) == large
+@torch.no_grad()
+def test_one_command_brings_a_model_that_draws_and_a_second_transfers_nothing(whole, decoder_folder, capsys):
+    assert whole.run() == 0
+    prior, decoder = (whole.out / name for name in whole.repositories)
+    published = contents(decoder_folder.parent / prior.name)
+    assert contents(decoder) == contents(decoder_folder)
+    assert contents(prior).keys() == published.keys() | {download.ZERO_IMAGE}
+    assert all(contents(prior)[name] == content for name, content in published.items())
+
+    tower = CLIPVisionModelWithProjection.from_pretrained(prior / "image_encoder").eval()
+    expected = tower(torch.zeros(1, 3, 24, 24)).image_embeds
+    stored = load_file(prior / download.ZERO_IMAGE)
+    assert stored.keys() == {"zero_image_embeds"}
+    assert relative_l2(stored["zero_image_embeds"], expected) <= 1e-5
+    steps = {"num_inference_steps": 1, "prior_num_inference_steps": 1}
+    assert Kandinsky.from_pretrained(decoder).text2img("cat", height=16, width=16, seed=0, **steps)
+
+    assert sorted(whole.hub.bodies) == sorted([*published, *contents(decoder_folder)])
+    whole.hub.requests.clear()
+    times = {path: path.stat().st_mtime_ns for path in whole.out.rglob("*.*")}
+    assert whole.run() == 0
+    assert whole.hub.requests == [] and times == {p: p.stat().st_mtime_ns for p in whole.out.rglob("*.*")}
+    assert "files are there and right" in capsys.readouterr().out
 
 
-def test_a_corrupted_file_is_refused_and_removed(run, hub, tmp_path):
-    spoiled = bytearray(FILES[WEIGHTS])
-    spoiled[5_000_000] ^= 1
-    hub.faults[WEIGHTS] = Fault(body=bytes(spoiled))
-    line = one_line(run())
-    assert "sha256" in line and "it was removed" in line
-    assert set(contents(tmp_path / "weights")) == {f"{NAME}/model_index.json"}
-    hub.faults.clear()
-    assert run()[0] == 0 and contents(tmp_path / "weights" / NAME) == FILES
+def test_only_brings_one_part(whole):
+    assert whole.run("2.2", "--only", "decoder") == 0
+    assert [path.name for path in whole.out.iterdir()] == [NAME]
+    assert {repository for repository, _ in whole.hub.files} == {f"someone/{n}" for n in whole.repositories}
+    assert set(whole.hub.bodies) == set(whole.repositories[NAME]["files"])
 
 
-def test_a_truncated_file_is_refused_and_removed(run, hub, tmp_path):
-    hub.faults[WEIGHTS] = Fault(body=FILES[WEIGHTS][:1000])
-    line = one_line(run())
-    assert WEIGHTS in line and "10240000" in line.replace(",", "") and "run the same command again" in line
-    assert set(contents(tmp_path / "weights")) == {f"{NAME}/model_index.json"}
+def test_verify_needs_no_network_and_lists_what_is_wrong(place, capsys):
+    assert place.run("2.2", "--verify") == 1
+    assert f"{place.out / NAME}: not downloaded" in capsys.readouterr().out
+    assert place.run() == 0
+    place.hub.requests.clear()
+    assert place.run("2.2", "--verify") == 0
+    assert "everything is there and right" in capsys.readouterr().out
+
+    folder = place.out / NAME
+    (folder / "model_index.json").unlink()
+    (folder / "unet" / "config.json").write_bytes(FILES["unet/config.json"][:-1])
+    (folder / WEIGHTS).write_bytes(FILES[WEIGHTS][:-1] + bytes([FILES[WEIGHTS][-1] ^ 1]))
+    (folder / download.ZERO_IMAGE).write_bytes(b"half")
+    assert place.run("2.2", "--verify") == 1
+    problems = capsys.readouterr().out.splitlines()[1:]
+    assert problems == [
+        f"{folder / 'model_index.json'}: missing",
+        f"{folder / WEIGHTS}: has the right size but other content (sha256)",
+        f"{folder / 'unet/config.json'}: has 17 bytes, needs 18",
+        f"{folder / download.ZERO_IMAGE}: damaged; remove it and download again",
+    ]
+    assert place.hub.requests == []
+    (folder / download.ZERO_IMAGE).unlink()
+    assert place.run() == 0 and place.there() == FILES  # and a download mends it
 
 
-def test_a_spoiled_file_on_disk_is_fetched_again_alone(run, hub, tmp_path):
-    run()
-    hub.log.clear()
-    path = tmp_path / "weights" / NAME / WEIGHTS
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert run()[0] == 0 and hub.transfers() == [WEIGHTS]
-    assert contents(tmp_path / "weights" / NAME) == FILES
+@pytest.mark.parametrize("known", ["nothing", "the start"])
+@pytest.mark.parametrize("damaged, hash_name", [(WEIGHTS, "sha256"), ("unet/config.json", "git sha1")])
+def test_what_the_manifest_does_not_know_is_taken_from_the_hub_and_kept(
+    place, capsys, known, damaged, hash_name
+):
+    for entry in place.repositories[NAME]["files"].values():
+        entry["sha256"] = None if known == "nothing" else entry["sha256"][:8]
+        entry["bytes"] = None if known == "nothing" else entry["bytes"]
+    place.hub.faults[damaged] = Fault(content=b"x" * len(FILES[damaged]), times=1)
+    assert place.run() == 2
+    assert f"({hash_name if known == 'nothing' else 'sha256'}); it was removed" in one_line(capsys)
+    assert place.run() == 0
+    record = json.loads((place.out / NAME / download.RECORD).read_text())
+    assert record == {"files": {name: facts(content) for name, content in FILES.items()}}
+    place.hub.requests.clear()
+    assert place.run() == 0 and place.hub.requests == []
+    (place.out / NAME / "model_index.json").write_bytes(b"[]")
+    assert place.run("2.2", "--verify") == 1
+    assert "model_index.json: has the right size but other content" in capsys.readouterr().out
 
 
-def test_a_hub_with_another_file_than_the_manifest_says_transfers_nothing(run, hub):
-    hub.files[REPOSITORY, REVISION, WEIGHTS] = FILES[WEIGHTS][::-1]
-    assert "not the manifest's file" in one_line(run()) and hub.transfers() == []
+@pytest.mark.parametrize(
+    "broken", ["{", "[]", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {}}}']
+)
+def test_a_broken_record_is_one_line(place, capsys, broken):
+    (place.out / NAME).mkdir(parents=True)
+    (place.out / NAME / download.RECORD).write_text(broken)
+    assert place.run() == 2
+    assert download.RECORD in one_line(capsys)
 
 
-def test_too_little_space_is_said_before_anything_is_transferred(run, hub, tmp_path):
-    path = manifest(tmp_path, FILES)
-    fields = json.loads(path.read_text())
-    fields["repositories"][NAME]["files"][WEIGHTS]["bytes"] = 10**16
-    path.write_text(json.dumps(fields))
-    line = one_line(run(path=path))
-    assert "free" in line and "10000000.00 GB are needed" in line and hub.log == []
+def test_a_cut_connection_resumes_where_it_was_cut(place, patience):
+    content = random.Random(1).randbytes(25 * 2**20)
+    place.publish(NAME, {**FILES, WEIGHTS: content})
+    place.hub.faults[WEIGHTS] = Fault(cut_after=22 * 2**20, times=1)
+    assert place.run() == 0
+    assert place.there() == {**FILES, WEIGHTS: content}
+    pieces = [r for method, name, r in place.hub.requests if (method, name) == ("GET", WEIGHTS)]
+    assert pieces == [None, f"bytes={20 * 2**20}-"]  # the library writes pieces of 10 MiB
+    assert place.hub.sent < 1.15 * len(content) + 2**20
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_one_line(hub, tmp_path):
-    """A file system of 4 MB in a namespace of its own; the manifest does not know the file's size."""
-    if (
-        not shutil.which("unshare")
-        or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
-    ):
-        pytest.skip("needs unshare and user namespaces")
-    path = manifest(tmp_path, FILES)
-    fields = json.loads(path.read_text())
-    fields["repositories"][NAME]["files"] = {WEIGHTS: {"bytes": None, "sha256": None}}
-    path.write_text(json.dumps(fields))
-    out = tmp_path / "small disk"
-    out.mkdir()
-    inside = 'mount -t tmpfs -o size=4m none "$0" && "$@"; code=$?; find "$0" -type f; exit $code'
-    command = [sys.executable, SCRIPT, "2.2", "--out", out, "--manifest", path]
-    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(SCRIPT.parents[1])}
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", inside, out, *command], env=env, capture_output=True, text=True
+DAMAGES = {
+    "corrupted": (Fault(content=b"x" * len(FILES[WEIGHTS])), "has the right size but other content (sha256)"),
+    "shorter": (Fault(content=FILES[WEIGHTS][:-1]), "should be of size 100000 but has size 99999"),
+    "longer": (Fault(content=FILES[WEIGHTS] + b"x"), "should be of size 100000 but has size 100001"),
+    "always cut": (Fault(cut_after=1000), "no connection for"),
+    "reset": (Fault(reset_after=1000), "no connection for"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_transfer_is_refused_and_removed(place, patience, capsys, damage):
+    place.hub.faults[WEIGHTS], message = DAMAGES[damage]
+    assert place.run() == 2
+    err = one_line(capsys)
+    assert message in err and "run the same command again" in err and WEIGHTS in err
+    assert place.there() == {"model_index.json": FILES["model_index.json"]}  # finished files stay, no others
+    place.hub.faults.clear()
+    place.hub.requests.clear()
+    assert place.run() == 0 and place.there() == FILES
+    assert "model_index.json" not in place.hub.bodies
+
+
+def test_a_hub_with_another_file_is_refused_before_any_transfer(place, capsys):
+    files = place.hub.files[f"someone/{NAME}", COMMIT]
+    for content, found in (b"x" * 100_000, "sha256"), (b"x" * 7, "7 bytes, needs 100,000"):
+        files[WEIGHTS] = content
+        assert place.run() == 2
+        err = one_line(capsys)
+        assert "is not the manifest's file" in err and found in err and "nothing was fetched" in err
+        assert place.hub.bodies == [] and place.there() == {}
+
+
+def test_a_file_of_another_commit_is_refused(place, capsys):
+    place.hub.commits[COMMIT] = OTHER
+    assert place.run() == 2
+    assert f"is of another commit, {OTHER}; nothing was fetched" in one_line(capsys)
+    assert place.hub.bodies == [] and place.there() == {}
+
+
+def test_without_a_pinned_commit_all_files_come_from_the_one_that_is_named(place, capsys):
+    entry = place.publish(NAME, FILES, revision="main")
+    place.hub.commits["main"] = COMMIT
+    place.hub.files[entry["repository"], COMMIT] = FILES
+    assert place.run() == 0 and place.there() == FILES
+    assert place.hub.revisions == {COMMIT}
+    assert f"no commit is pinned; main is now {COMMIT}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "status, message",
+    [
+        (401, "is gone, not public"),
+        (403, "is gone, not public"),
+        (404, "(404); see whether the repository was moved or renamed"),
+        (429, "too many requests (429); wait some minutes"),
+        (500, "the hub answers 500"),
+        (503, "the hub answers 503"),
+    ],
+)
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_what_the_hub_refuses_is_one_line(place, patience, capsys, method, status, message):
+    place.hub.faults[WEIGHTS] = Fault(status=status, method=method)
+    assert place.run() == 2
+    err = one_line(capsys)
+    assert message in err and WEIGHTS in err
+    assert set(place.there()) == ({"model_index.json"} if method == "GET" else set())
+    assert sum(patience) <= 60
+
+
+def test_a_hub_that_is_busy_for_a_moment_is_asked_again(place, patience):
+    place.hub.faults[WEIGHTS] = Fault(status=429, times=2)
+    assert place.run() == 0 and place.there() == FILES
+    assert len(patience) == 2
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("endpoint", ["closed", "nonsense", "http://"])
+def test_no_network_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, endpoint):
+    endpoint = f"http://127.0.0.1:{closed_port()}" if endpoint == "closed" else endpoint
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert place.run() == 2
+    err = one_line(capsys)
+    assert "no connection for" in err and "check the network" in err
+    assert list(place.out.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_asked(place, capsys):
+    place.repositories[NAME]["files"][WEIGHTS]["bytes"] = 10**18
+    assert place.run() == 2
+    err = one_line(capsys)
+    assert "free, 1000000000.00 GB are needed" in err and "--only" in err
+    assert place.hub.requests == [] and place.there() == {}
+
+
+def test_what_a_killed_run_left_is_gone_before_room_is_looked_for(place, capsys):
+    place.repositories[NAME]["files"][WEIGHTS]["bytes"] = 10**18
+    left = place.out / NAME / ".cache" / "huggingface" / "download" / "x.incomplete"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    assert place.run() == 2 and place.there() == {}
+    assert "are needed" in one_line(capsys)
+
+
+def test_files_that_are_there_need_no_more_room(place):
+    assert place.run() == 0
+    folder = place.out / NAME
+    (repository,) = download.load_manifest(place.manifest)
+    assert download._missing_bytes(repository, folder) == 0
+    (folder / WEIGHTS).write_bytes(b"x" * 1000)
+    assert download._missing_bytes(repository, folder) == 99_000
+
+
+def test_a_disk_that_fills_up_on_the_way_is_one_line(place, monkeypatch, capsys):
+    from huggingface_hub import file_download
+
+    class FullDisk:
+        """A file on a disk with room for so many bytes more."""
+
+        def __init__(self, file, room: int):
+            self.file, self.room = file, room
+
+        def write(self, data: bytes) -> int:
+            self.file.write(data[: self.room])
+            self.file.flush()
+            if len(data) > self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return len(data)
+
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
+
+    transfer = file_download.http_get
+    with monkeypatch.context() as patch:
+        patch.setattr(file_download, "http_get", lambda url, f, **k: transfer(url, FullDisk(f, 5000), **k))
+        assert place.run() == 2
+    assert f"the disk is full at {place.out / NAME / WEIGHTS}; make room and run" in one_line(capsys)
+    assert place.there() == {"model_index.json": FILES["model_index.json"]}
+    assert place.run() == 0 and place.there() == FILES
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle_it_ends_well_the_next_time(place, how):
+    place.hub.faults[WEIGHTS] = Fault(hold_after=50_000, times=1)
+    place.manifest.write_text(json.dumps({"repositories": place.repositories}))
+    command = [sys.executable, SCRIPTS / "download_weights.py", "2.2", "--manifest", place.manifest]
+    process = subprocess.Popen(
+        [*command, "--out", place.out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
     )
-    if "mount:" in done.stderr:
-        pytest.skip("no tmpfs can be mounted here")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("download_weights.py:")]
-    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "the disk is full" in errors[0]
-    assert str(out) not in done.stdout.splitlines()[-1], "a temporary file stayed"
+    try:
+        assert place.hub.held.wait(60)
+        process.send_signal(how)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and err.endswith(b"stopped\n") and err.count(b"\n") == 1
+        assert set(place.there()) == {"model_index.json"}
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert any(name.endswith(".incomplete") for name in place.there())  # the test is not idle
+    place.hub.requests.clear()
+    assert place.run() == 0 and place.there() == FILES
+    assert place.hub.bodies == [WEIGHTS, "unet/config.json"]
 
 
-def test_a_missing_file_is_one_line(run, hub, tmp_path):
-    del hub.files[REPOSITORY, REVISION, WEIGHTS]
-    line = one_line(run())
-    assert "404" in line and WEIGHTS in line and hub.transfers() == []
+def test_a_write_that_was_killed_leaves_no_orphan_after_the_next_run(place):
+    orphans = []
+    for name in (WEIGHTS, download.RECORD, download.ZERO_IMAGE):
+        with atomic_file(place.out / NAME / name) as temporary:
+            pass
+        (place.out / NAME / name).unlink()
+        temporary.write_bytes(b"half")  # as if the process had died before the rename
+        orphans.append(temporary)
+    assert place.run() == 0 and place.there() == FILES
+    assert not any(orphan.exists() for orphan in orphans)
 
 
-def test_too_many_requests_is_one_line(run, hub):
-    hub.faults[WEIGHTS] = Fault(status=429, method="HEAD")
-    assert "too many requests (429)" in one_line(run())
+def test_two_downloads_into_one_folder_do_not_meet(place, capsys):
+    with download._exclusive(place.out / NAME):
+        assert place.run() == 2
+        assert "another download into" in one_line(capsys)
+    assert place.hub.requests == []
+    assert place.run() == 0 and place.there() == FILES
 
 
-def test_a_passing_429_is_waited_out(run, hub, tmp_path):
-    hub.faults[WEIGHTS] = Fault(status=429, times=1)
-    assert run()[0] == 0 and contents(tmp_path / "weights" / NAME) == FILES
-
-
-def test_no_network_is_one_line(run):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        assert "check the network" in one_line(run(endpoint=endpoint))
-
-
-def test_a_killed_run_is_finished_by_the_next(run, hub, tmp_path):
-    hub.faults[WEIGHTS] = Fault(hang_at=5_000_000, times=1)
-    command = [sys.executable, SCRIPT, "2.2", "--out", tmp_path / "weights"]
-    env = {**os.environ, "HF_ENDPOINT": hub.endpoint, "PYTHONPATH": str(SCRIPT.parents[1])}
-    killed = subprocess.Popen(
-        [*command, "--manifest", manifest(tmp_path, FILES)], env=env, stdout=subprocess.DEVNULL
-    )
-    assert hub.reached.wait(30)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    left = contents(tmp_path / "weights" / NAME)
-    assert "model_index.json" in left and WEIGHTS not in left
-    assert any(".incomplete" in name for name in left), "the run was not killed in the middle"
-    hub.log.clear()
-    assert run()[0] == 0
-    assert "model_index.json" not in hub.transfers(), "a finished file was fetched again"
-    assert contents(tmp_path / "weights" / NAME) == FILES, "a temporary file stayed"
-
-
-def test_a_second_download_at_the_same_time_is_refused(run, hub, tmp_path):
-    with download._exclusive(tmp_path / "weights" / NAME):
-        assert "another download" in one_line(run())
-    assert run()[0] == 0
-
-
-OUTSIDE = ("../x.json", "/etc/x.json", "a/../../x", "a\\..\\x", "C:x", "a//x", "./x", "")
+OUTSIDE = [
+    "../x",
+    "a/../../x",
+    "/etc/x",
+    "a//x",
+    "./x",
+    "",
+    "a/",
+    "..",
+    "C:/x",
+    "C:x",
+    "a\\..\\x",
+    "\\\\x\\y",
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_file_names_outside_the_folder_are_refused(run, hub, tmp_path, name):
-    line = one_line(run(path=manifest(tmp_path, {name: b"x"})))
-    assert "no plain path inside a folder" in line and hub.log == []
+@pytest.mark.parametrize("where", ["file", "folder", "pickle", "fallback"])
+def test_names_that_point_outside_the_folder_are_refused(place, capsys, name, where):
+    entry = place.repositories[NAME]
+    if where == "file":
+        entry["files"][name] = facts(b"")
+    elif where == "folder":
+        place.repositories = {name: entry}
+    elif where == "pickle":
+        entry["files"][WEIGHTS]["pickle"] = name
+    else:
+        entry["fallback"] = {"revision": OTHER, "files": {name: facts(b"")}}
+    assert place.run() == 2
+    assert "which is no plain path inside a folder" in one_line(capsys)
+    assert place.hub.requests == [] and not place.out.exists()
 
 
-@pytest.mark.parametrize("name", ("..", "a/b", "/a"))
-def test_folder_names_outside_are_refused(tmp_path, name):
-    with pytest.raises(CheckpointError, match="no plain path"):
-        download.load_manifest(manifest(tmp_path, FILES, name=name))
+@given(st.text(alphabet="ab./\\: C~\0", max_size=12))
+@example("a..b/c")
+def test_no_accepted_name_leaves_the_folder(name):
+    try:
+        download._check_name(name)
+    except CheckpointError:
+        return
+    inside = os.path.normpath(f"/folder/{name}")
+    assert inside == f"/folder/{name}" and name
 
 
-def test_a_pickle_outside_the_folder_is_refused(tmp_path):
-    fallback = {"revision": REVISION, "files": {WEIGHTS: {"bytes": 1, "sha256": None, "pickle": "../x.bin"}}}
-    with pytest.raises(CheckpointError, match="no plain path"):
-        download.load_manifest(manifest(tmp_path, FILES, fallback=fallback))
+def malformed(entry: dict, files: dict) -> list[dict]:
+    first = next(iter(files))
+    return [
+        {},
+        {"repositories": []},
+        {"repositories": {NAME: 3}},
+        {"repositories": {NAME: {}}},
+        {"repositories": {NAME: entry | {"files": 3}}},
+        {"repositories": {NAME: entry | {"repository": "no owner"}}},
+        {"repositories": {NAME: entry | {"files": {first: {}}}}},
+        {"repositories": {NAME: entry | {"files": {first: {"bytes": -1, "sha256": None}}}}},
+        {"repositories": {NAME: entry | {"files": {first: {"bytes": "7", "sha256": None}}}}},
+        {"repositories": {NAME: entry | {"files": {first: {"bytes": 7, "sha256": "xyz"}}}}},
+        {"repositories": {NAME: entry | {"files": {first: {"bytes": 7, "sha256": 7}}}}},
+        {"repositories": {NAME: entry | {"files": {first: {"bytes": 7, "sha256": None, "pickle": 7}}}}},
+        {"repositories": {NAME: entry | {"revision": 7}}},
+        {"repositories": {NAME: entry | {"fallback": 7}}},
+    ]
 
 
-def test_verify_names_what_is_wrong_without_a_network(run, hub, tmp_path):
-    run()
-    hub.log.clear()
-    code, out, _ = run("--verify")
-    assert code == 0 and "everything is there and right" in out
-    folder = tmp_path / "weights" / NAME
-    (folder / WEIGHTS).write_bytes(FILES[WEIGHTS][:-1] + b"x")
-    (folder / "unet/config.json").write_bytes(b"{}")
-    (folder / "model_index.json").unlink()
-    code, out, _ = run("--verify")
-    assert code == 1 and hub.log == []
-    assert f"{WEIGHTS}: has the right size but other content" in out
-    assert "unet/config.json: has 2 bytes, needs 8" in out and "model_index.json: missing" in out
+def test_a_malformed_manifest_is_one_line(place, capsys):
+    for broken in malformed(place.repositories[NAME], FILES):
+        place.manifest.write_text(json.dumps(broken))
+        assert run("download_weights", "2.2", "--manifest", place.manifest, "--out", place.out) == 2, broken
+        one_line(capsys)
+    assert place.hub.requests == []
 
 
-def test_what_the_manifest_does_not_know_is_held_against_the_hub_and_kept(run, hub, tmp_path):
-    path = manifest(tmp_path, FILES)
-    fields = json.loads(path.read_text())
-    for facts in fields["repositories"][NAME]["files"].values():
-        facts.update(bytes=None, sha256=None)
-    path.write_text(json.dumps(fields))
-    assert run(path=path)[0] == 0
-    assert set(contents(tmp_path / "weights" / NAME)) == {*FILES, download.RECORD}
-    hub.log.clear()
-    assert run(path=path)[0] == 0 and hub.log == []
-    (tmp_path / "weights" / NAME / "unet/config.json").write_bytes(b'{"a": 2}')
-    code, out, _ = run("--verify", path=path)
-    assert code == 1 and "unet/config.json" in out
-    hub.faults["unet/config.json"] = Fault(body=b'{"a": 3}')  # the right size, but not what the hub announces
-    assert "git sha1" in one_line(run(path=path))
+def pickled(model: torch.nn.Module, path: Path) -> bytes:
+    torch.save(model.state_dict(), path)
+    return path.read_bytes()
 
 
-def pickled(model: torch.nn.Module) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return buffer.getvalue()
-
-
-def test_where_the_revision_is_gone_the_pickles_are_converted(run, hub, tmp_path):
-    unet, movq = reference_unet(8, hint=True), reference_movq()
-    small = {"unet/config.json": unet.to_json_string().encode()}
-    small["movq/config.json"] = movq.to_json_string().encode()
-    pickles = {"unet": pickled(unet), "movq": pickled(movq)}
-    names = {part: f"{part}/diffusion_pytorch_model" for part in pickles}
-    files = {**small, **{f"{names[part]}.safetensors": b"never there" for part in pickles}}
-    old = {**small, **{f"{names[part]}.bin": content for part, content in pickles.items()}}
-    hub.files = hub_with(old, revision="b" * 40).files
-    facts = {
-        f"{names[part]}.safetensors": {"pickle": f"{names[part]}.bin", "bytes": len(content), "sha256": None}
-        for part, content in pickles.items()
+@pytest.fixture
+def depth(hub, tmp_path) -> Place:
+    """A hint checkpoint of which only the fallback's pickles are on the hub."""
+    reference_unet(8, hint=True).save_pretrained(tmp_path / "made" / "unet")
+    reference_movq(3).save_pretrained(tmp_path / "made" / "movq")
+    unet, movq = reference_unet(8, hint=True, seed=1), reference_movq(3, seed=1)  # other content
+    place = Place(hub, tmp_path)
+    files = contents(tmp_path / "made")
+    pickles = {
+        "movq/diffusion_pytorch_model.bin": pickled(movq, tmp_path / "movq.bin"),
+        "unet/diffusion_pytorch_model.bin": pickled(unet, tmp_path / "unet.bin"),
     }
-    path = manifest(tmp_path, files, fallback={"revision": "b" * 40, "files": facts})
-    code, out, _ = run(path=path)
-    assert code == 0 and "is gone" in out
-    folder = tmp_path / "weights" / NAME
-    assert set(contents(folder)) == {*files, download.RECORD}
-    for part, model in (("unet", unet), ("movq", movq)):
-        written = open_safetensors(folder / f"{names[part]}.safetensors")
-        expected = model.state_dict()
-        assert set(written.keys()) == set(expected)
-        assert all(torch.equal(written.get_tensor(n), expected[n]) for n in expected)
-    hub.log.clear()
-    assert run(path=path)[0] == 0 and hub.transfers() == []
-    assert run("--verify", path=path)[0] == 0
+    entry = place.publish(NAME, files, "controlnet-depth")
+    fallback = {
+        name.replace(".bin", ".safetensors"): {"pickle": name, **facts(content)}
+        for name, content in pickles.items()
+    }
+    entry["fallback"] = {"revision": OTHER, "files": fallback}
+    configs = {name: content for name, content in files.items() if name.endswith(".json")}
+    hub.files = {(entry["repository"], OTHER): configs | pickles}
+    return place
 
 
-def test_the_zero_image_is_computed_once_and_kept(run, hub, tmp_path):
-    name, model = "kandinsky-2-2-prior", reference_image_encoder()
-    model.save_pretrained(tmp_path / "saved")
-    saved = contents(tmp_path / "saved")
-    files = {f"image_encoder/{n}": saved[n] for n in ("config.json", "model.safetensors")}
-    hub.files = hub_with(files, name).files
-    path = manifest(tmp_path, files, name)
-    assert run(path=path)[0] == 0
-    stored = tmp_path / "weights" / name / download.ZERO_IMAGE
-    with torch.no_grad():
-        theirs = model(torch.zeros(1, 3, 24, 24)).image_embeds
-    torch.testing.assert_close(open_safetensors(stored).get_tensor("zero_image_embeds"), theirs)
-    before = stored.stat().st_mtime_ns
-    code, out, _ = run(path=path)
-    assert code == 0 and stored.stat().st_mtime_ns == before and "computing" not in out
+def test_where_the_pinned_commit_is_gone_the_fallbacks_pickles_are_converted(depth, tmp_path, capsys):
+    assert depth.run("2.2", "--only", "controlnet-depth") == 0
+    assert f"{COMMIT[:8]} is gone; pickles of {OTHER[:8]} instead" in capsys.readouterr().out
+    assert depth.there().keys() == {download.RECORD, *depth.repositories[NAME]["files"]}
+    for part in ("unet", "movq"):
+        converted = load_file(depth.out / NAME / part / "diffusion_pytorch_model.safetensors")
+        pickle = torch.load(tmp_path / f"{part}.bin", weights_only=True)
+        assert converted.keys() == pickle.keys()
+        assert all(torch.equal(converted[key], tensor) for key, tensor in pickle.items())
+    UNet.from_pretrained(depth.out / NAME / "unet")
+
+    depth.hub.requests.clear()
+    assert depth.run() == 0 and depth.run("2.2", "--verify") == 0 and depth.hub.requests == []
+    weights = depth.out / NAME / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert depth.run("2.2", "--verify") == 1
+    assert depth.run() == 0 and depth.run("2.2", "--verify") == 0
+    assert depth.hub.bodies == ["unet/diffusion_pytorch_model.bin"]
 
 
-def test_the_official_manifest_is_read_and_selected():
-    repositories = download.load_manifest(SCRIPT.parents[1] / "weights" / "manifest.json")
-    names = [r.name for r in download.select(repositories, "2.2")]
-    decoders = ["kandinsky-2-2-decoder", "kandinsky-2-2-decoder-inpaint", "kandinsky-2-2-controlnet-depth"]
-    assert names == ["kandinsky-2-2-prior", *decoders]
-    assert [r.name for r in download.select(repositories, "2.2", "inpaint")] == [decoders[1]]
-    with pytest.raises(ValueError, match="2.1 has no controlnet-depth"):
-        download.select(repositories, "2.1", "controlnet-depth")
+def test_where_the_pinned_commit_is_there_no_pickle_is_fetched(depth, tmp_path):
+    repository = depth.repositories[NAME]["repository"]
+    depth.hub.files[repository, COMMIT] = contents(tmp_path / "made")
+    assert depth.run() == 0 and depth.there() == contents(tmp_path / "made")
+    assert not any(name.endswith(".bin") for name in depth.hub.bodies)
 
 
-@pytest.mark.parametrize("argv", ([], ["2.3"], ["2.2", "--convert", "x.bin"]))
-def test_a_command_that_makes_no_sense_is_one_line(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
-        load("download_weights").main(argv)
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1
+def test_a_pickle_whose_conversion_was_killed_is_not_fetched_again(depth):
+    assert depth.run() == 0
+    name = "unet/diffusion_pytorch_model.bin"
+    (content,) = (files[name] for files in depth.hub.files.values())
+    (depth.out / NAME / WEIGHTS).unlink()
+    (depth.out / NAME / name).write_bytes(content)
+    depth.hub.requests.clear()
+    assert depth.run() == 0 and depth.hub.bodies == []
+    assert WEIGHTS in depth.there() and name not in depth.there()
+
+
+def test_without_a_fallback_a_commit_that_is_gone_is_one_line(place, capsys):
+    place.hub.files.clear()
+    assert place.run() == 2
+    assert "(404)" in one_line(capsys)
+
+
+def test_another_image_tower_takes_its_zero_image_along(whole):
+    assert whole.run() == 0
+    prior = whole.out / "kandinsky-2-2-prior"
+    stored = (prior / download.ZERO_IMAGE).read_bytes()
+    (prior / download.ZERO_IMAGE).write_bytes(b"damaged")
+    assert whole.run() == 0 and (prior / download.ZERO_IMAGE).read_bytes() == stored
+
+    (prior / download.ZERO_IMAGE).unlink()
+    tower = prior / "image_encoder" / "model.safetensors"
+    other = {name: tensor * 2 for name, tensor in load_file(tower).items()}
+    download.write_safetensors(other, tower)
+    download.store_zero_image_embeds(prior, say=lambda line: None)
+    assert (prior / download.ZERO_IMAGE).read_bytes() != stored
+    assert whole.run() == 0  # fetches the tower again
+    assert (prior / download.ZERO_IMAGE).read_bytes() == stored
+
+
+def test_a_full_disk_under_the_zero_image_is_one_line(whole, capsys):
+    assert whole.run() == 0
+    stored = whole.out / "kandinsky-2-2-prior" / download.ZERO_IMAGE
+    content = stored.read_bytes()
+    stored.unlink()
+    with largest_file(100):
+        manifest = ("--manifest", whole.manifest, "--out", whole.out)
+        assert run("download_weights", "2.2", *manifest) == 2
+    assert f"{stored} was not written" in one_line(capsys)
+    assert whole.run() == 0 and stored.read_bytes() == content
+    assert not [path for path in stored.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "give either a model (2.2, 2.1 or all) or --convert FILE; see --help"),
+        (
+            ["2.2", "--convert", "x.bin"],
+            "give either a model (2.2, 2.1 or all) or --convert FILE; see --help",
+        ),
+        (["3.0"], "invalid choice: '3.0'"),
+        (["2.2", "--only", "unet"], "argument --only: invalid choice: 'unet'"),
+        (
+            ["2.1", "--only", "controlnet-depth"],
+            "2.1 has no controlnet-depth; it has prior, decoder, inpaint",
+        ),
+        (["2.2", "--manifest", "nowhere.json"], "no such file: nowhere.json"),
+    ],
+)
+def test_wrong_arguments_are_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("download_weights", *argv) == 2
+    assert message in one_line(capsys) and not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_flag(capsys):
+    assert run("download_weights", "--help") == 0
+    shown = capsys.readouterr().out
+    flags = "--only --verify --convert --clip-stats --out --overwrite --manifest".split()
+    assert all(re.search(rf"^  {flag}( |$)", shown, re.MULTILINE) for flag in flags)
+    assert "{prior,decoder,inpaint,controlnet-depth}" in shown and "{2.2,2.1,all}" in shown
+
+
+MANIFEST = json.loads((cli.WEIGHTS / "manifest.json").read_text())["repositories"]
+
+
+def document(*parts: str) -> Path:
+    path = SHARED.joinpath("checkpoints", *parts)
+    if not path.exists():
+        pytest.skip("needs the project's documents")
+    return path
+
+
+def test_the_manifest_is_read_and_every_model_and_part_is_in_it():
+    repositories = download.load_manifest(cli.WEIGHTS / "manifest.json")
+    assert {r.name for r in repositories} == set(MANIFEST)
+    parts = ["prior", "decoder", "inpaint"]
+    assert sorted(r.part for r in download.select(repositories, "2.1")) == sorted(parts)
+    assert sorted(r.part for r in download.select(repositories, "2.2")) == sorted(
+        [*parts, "controlnet-depth"]
+    )
+    assert download.select(repositories, "all") == repositories
+    assert all(r.repository == f"kandinsky-community/{r.name}" for r in repositories)
+
+
+@pytest.mark.parametrize("name", MANIFEST)
+def test_the_manifests_small_files_are_the_official_ones(name):
+    folder = document("official_small_files", name)
+    known = {n: f for n, f in MANIFEST[name]["files"].items() if not n.endswith((".safetensors", ".model"))}
+    is_exact = name.startswith("kandinsky-2-2")  # the others are retyped, so their hashes are not known
+    official = {n for n in contents(folder) if n != "README.md"}
+    assert not is_exact or official == set(known)
+    for file, entry in known.items():
+        if is_exact:
+            assert entry == facts((folder / file).read_bytes()), file
+        else:
+            assert entry["sha256"] is None
+
+
+@pytest.mark.parametrize("name", MANIFEST)
+def test_the_manifests_weights_and_commits_are_those_of_the_facts(name):
+    text = document("FACTS.md").read_text(encoding="utf-8")
+    entry = MANIFEST[name]
+    (row,) = re.findall(rf"^\| {name} \|.*$", text, re.MULTILINE)
+    commits = re.findall(r"\b[0-9a-f]{40}\b", row)
+    fallback = [entry["fallback"]["revision"]] if "fallback" in entry else []
+    assert [*fallback, entry["revision"]] == (commits or ["main"])
+    for pickle in entry.get("fallback", {"files": {}})["files"].values():
+        assert f"{pickle['bytes']:,} (sha {pickle['sha256']}..." in text
+    for file, known in entry["files"].items():
+        if not file.endswith(".safetensors"):
+            continue
+        keys = document("keys", f"{name}__{file.split('/')[0]}.keys.txt").read_text()
+        sizes = json.loads(re.search(r"official size\(s\)=(\[[\d, ]+\])", keys)[1])
+        assert known["bytes"] == sizes[0]  # the first is main's
+        if known["sha256"]:
+            lines = [line for line in text.splitlines() if f"{known['bytes']:,}" in line]
+            assert any(known["sha256"] in line for line in lines), file
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_manifests_sizes_are_those_of_our_networks(name):
+    repository, part = name.split("__")
+    sizes = {n.split("/")[0]: f["bytes"] for n, f in MANIFEST[repository]["files"].items() if "safet" in n}
+    network, config = OFFICIAL[name]
+    with torch.device("meta"):
+        tensors = network(config).state_dict()
+    positions = {"text_encoder": ("text_model", 77), "image_encoder": ("vision_model", 257)}
+    tower, count = positions.get(part, (None, None))
+    stale = {f"{tower}.embeddings.position_ids": [1, count]} if tower else {}
+    assert sizes[part] == predicted_bytes(tensors, stale, "F16" if part == "image_encoder" else "F32")
