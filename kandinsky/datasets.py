@@ -6,24 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from kandinsky import shapes
+from kandinsky import images, shapes
 from kandinsky.shapes import Scene
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+HINT = ".hint"  # in a hint's name, before the suffix
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures (b, 3, size, size) in [-1, 1], a caption each, and the scenes where they are known."""
+    """Pictures (b, 3, size, size) in [-1, 1], a caption each, and where they are known the scenes, and the
+    hints, (b, 3, size, size) in [0, 1]."""
 
     pixels: Tensor
     captions: list[str]
     scenes: list[Scene] | None = None
+    hints: Tensor | None = None
 
 
 class Dataset(Protocol):
@@ -39,63 +41,81 @@ class Shapes:
     seed: int = 0
     size: int = 64
     split: str = "train"
+    hints: bool = False
 
     def load(self, indices: list[int]) -> Samples:
-        return Samples(*shapes.batch(self.seed, indices, self.size, self.split))
+        pixels, captions, scenes = shapes.batch(self.seed, indices, self.size, self.split)
+        if not self.hints:
+            return Samples(pixels, captions, scenes)
+        depths = torch.stack([torch.from_numpy(shapes.depth_hint(scene, self.size)) for scene in scenes])
+        return Samples(pixels, captions, scenes, depths[:, None].expand(-1, 3, -1, -1).float() / 255)
 
 
 class Folder:
     """Pictures with captions in a folder: `metadata.jsonl` with `file_name` and `text`, as the Hub's
     imagefolder has it, or a `.txt` beside each picture. What cannot be read is reported and left out.
 
+    hints: each picture needs one, `hint_file_name` in `metadata.jsonl`, or `cat.hint.png` beside `cat.jpg`.
+
     Raises ValueError when nothing is left.
     """
 
-    def __init__(self, folder: str | Path, size: int):
-        self.folder, self.size = Path(folder), size
+    def __init__(self, folder: str | Path, size: int, hints: bool = False):
+        self.folder, self.size, self.hints = Path(folder), size, hints
         if not self.folder.is_dir():
             raise ValueError(f"no such folder: {folder}")
         listed = self.folder / "metadata.jsonl"
         entries = self._listed(listed) if listed.exists() else self._beside()
-        self.samples = [(path, text) for path, text in entries if self._is_readable(path)]
+        self.samples = [entry for entry in entries if self._is_readable(*entry)]
         if not self.samples:
-            raise ValueError(f"{folder} has no readable picture with a caption")
+            raise ValueError(f"{folder} has no readable picture with a caption{' and a hint' * hints}")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def load(self, indices: list[int]) -> Samples:
         chosen = [self.samples[shuffled(index, len(self.samples))] for index in indices]
-        pixels = torch.stack([read_picture(path, self.size) for path, _ in chosen])
-        return Samples(pixels, [text for _, text in chosen])
+        pixels = torch.stack([read_picture(path, self.size) for path, _, _ in chosen])
+        hints = None
+        if self.hints:
+            hints = torch.stack([read_picture(hint, self.size) for _, _, hint in chosen]) / 2 + 0.5
+        return Samples(pixels, [text for _, text, _ in chosen], hints=hints)
 
-    def _listed(self, path: Path) -> list[tuple[Path, str]]:
+    def _listed(self, path: Path) -> list[tuple[Path, str, Path | None]]:
         entries = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 fields = json.loads(line)
-                text = fields.get("text", fields.get("caption"))
-                entries.append((self.folder / fields["file_name"], str(text)))
+                text = str(fields.get("text", fields.get("caption")))
+                hint = fields.get("hint_file_name")
+                entries.append((self.folder / fields["file_name"], text, hint and self.folder / hint))
             except (ValueError, KeyError, AttributeError, TypeError):
                 report(f"{path.name} line {number} has no file_name and text")
         return entries
 
-    def _beside(self) -> list[tuple[Path, str]]:
+    def _beside(self) -> list[tuple[Path, str, Path | None]]:
         entries = []
         for path in sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in PICTURES):
-            text = path.with_suffix(".txt")
+            if path.stem.endswith(HINT):
+                continue
+            text, hint = path.with_suffix(".txt"), path.with_suffix(f"{HINT}.png")
             if text.exists():
-                entries.append((path, " ".join(text.read_text(encoding="utf-8").split())))
+                words = " ".join(text.read_text(encoding="utf-8").split())
+                entries.append((path, words, hint if hint.exists() else None))
             else:
                 report(f"{path} has no caption: neither metadata.jsonl nor {text.name}")
         return entries
 
-    def _is_readable(self, path: Path) -> bool:
+    def _is_readable(self, path: Path, _: str, hint: Path | None) -> bool:
+        if self.hints and hint is None:
+            report(f"{path} has no hint: neither hint_file_name nor {path.stem}{HINT}.png")
+            return False
         try:
-            read_picture(path, self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            for file in (path, hint) if self.hints else (path,):
+                read_picture(file, self.size)
+        except (OSError, ValueError) as error:
             report(f"{path} cannot be read: {error}")
             return False
         return True
@@ -107,12 +127,11 @@ def report(message: str) -> None:
 
 def read_picture(path: Path, size: int) -> Tensor:
     """The middle square of a picture -> (3, size, size) in [-1, 1]"""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    pixels = images.picture(images.open_image(path), str(path))
+    side = min(pixels.shape[1:])
+    top, left = ((length - side) // 2 for length in pixels.shape[1:])
+    square = pixels[None, :, top : top + side, left : left + side]
+    return F.interpolate(square, (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1) * 2 - 1
 
 
 def shuffled(index: int, count: int) -> int:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from kandinsky.clip_training import readable
 from kandinsky.datasets import Samples
 from kandinsky.embedding_cache import Cache
-from kandinsky.images import to_unit_range
+from kandinsky.images import resize, to_unit_range
+from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.sampling import sample_latents, sample_prior
@@ -165,7 +166,15 @@ class PriorObjective(Objective):
         return None, {"cosine": own, "cosine to another's": other}
 
     def save(self, folder: Path) -> None:
-        save_as(self.prior, folder / "prior", self.dtype)
+        save_trained(self.prior, folder, "prior", self.dtype)
+
+
+def save_trained(network: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> None:
+    """Writes the network's LoRA, where it has one, else the network in its folder."""
+    if lora_parameters(network):
+        save_lora(network, folder / f"{name}-lora.safetensors")
+    else:
+        save_as(network, folder / name, dtype)
 
 
 def save_as(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
@@ -227,7 +236,11 @@ class DecoderObjective(Objective):
         self.embedding_noise = embedding_noise
 
     def batch(self, indices: list[int]) -> dict[str, Any]:
-        return self.cache.rows(indices, "image_embeds", "latents", *({"hint"} & self.cache.keys()))
+        batch = self.cache.rows(indices, "image_embeds", "latents", *({"hint"} & self.cache.keys()))
+        if "hint" in batch:  # 8 of its pixels go with a latent, whatever MoVQ does
+            height, width = (8 * side for side in batch["latents"].shape[-2:])
+            batch["hint"] = torch.stack([resize(hint, height, width) for hint in batch["hint"]])
+        return batch
 
     def loss(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         x0 = batch["latents"]
@@ -253,7 +266,7 @@ class DecoderObjective(Objective):
         )
 
     def save(self, folder: Path) -> None:
-        save_as(self.unet, folder / "unet", self.dtype)
+        save_trained(self.unet, folder, "unet", self.dtype)
 
 
 def draw_latents(

@@ -19,7 +19,6 @@ from kandinsky.movq import MoVQ
 from kandinsky.training import Draws, Objective, initialize
 
 COMMITMENT = 0.25  # arXiv:1711.00937, eq. 3
-LATENT_NOISE = 0.04  # what a sampler leaves over: latents that small steps change little are easier to sample
 
 
 class Discriminator(nn.Module):
@@ -46,7 +45,11 @@ def adversarial_losses(discriminator: nn.Module, out: Tensor, pixels: Tensor) ->
 
 
 class MoVQObjective(Objective):
-    """Trains the autoencoder; with frozen_encoder only what decodes, so that latents stay as they are."""
+    """Trains the autoencoder; with frozen_encoder only what decodes, so that latents stay as they are.
+
+    latent_noise is added before decoding: a sampler's latents are never exact, and where small steps change
+    little they are easier to sample.
+    """
 
     def __init__(
         self,
@@ -59,11 +62,12 @@ class MoVQObjective(Objective):
         adversarial: float = 0.0,
         crop: int | None = None,
         frozen_encoder: bool = False,
+        latent_noise: float = 0.1,
     ):
         super().__init__()
         self.movq, self.data, self.fresh, self.crop = movq, data, fresh, crop
         self.edges, self.codebook, self.bounds = edges, codebook, bounds
-        self.adversarial = adversarial
+        self.adversarial, self.latent_noise = adversarial, latent_noise
         if adversarial:
             self.discriminator = initialize(Discriminator(), 0)
         if frozen_encoder:
@@ -81,7 +85,7 @@ class MoVQObjective(Objective):
         z = self.movq.encode(pixels)
         codes = self.movq.quantize(z).float()
         quantized = z + (codes - z).detach()  # straight through: the gradient passes as if z were the code
-        plain = z.clamp(-1, 1) + LATENT_NOISE * draws.randn(*z.shape[1:])
+        plain = z.clamp(-1, 1) + self.latent_noise * draws.randn(*z.shape[1:])
         through_codebook = (draws.rand() < 0.5)[:, None, None, None]
         out = self.movq.decode(torch.where(through_codebook, quantized, plain))
         losses = {

@@ -4,9 +4,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from kandinsky.datasets import Dataset, Folder, Shapes
+from kandinsky.lora import add_lora, train_only_lora
 from kandinsky.training import Objective, Settings, Trainer, checkpoint_blocks, processes
 
 
@@ -34,6 +36,33 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda …; under torchrun each process its own")
 
 
+def add_lora_flag(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train a LoRA of --init's network, which stays as it is (in bfloat16 with --bf16)",
+    )
+
+
+def check_lora_flag(args: Namespace) -> None:
+    if args.lora is not None and args.init is None:
+        raise ValueError("--lora needs --init, the folder of the network that the LoRA is for")
+
+
+def lora_dtype(args: Namespace) -> torch.dtype:
+    """What the frozen network under a LoRA is kept in."""
+    return torch.bfloat16 if args.lora is not None and args.bf16 else torch.float32
+
+
+def with_lora(network: nn.Module, args: Namespace) -> nn.Module:
+    """Gives the network the LoRA that --lora asks for, and leaves nothing else to train."""
+    if args.lora is not None:
+        add_lora(network, args.lora, seed=args.seed)
+        train_only_lora(network)
+    return network
+
+
 def settings_of(args: Namespace) -> Settings:
     return Settings(
         steps=args.steps,
@@ -52,8 +81,10 @@ def settings_of(args: Namespace) -> Settings:
     )
 
 
-def data_of(args: Namespace) -> Dataset:
-    return Shapes(args.seed, args.size) if args.data is None else Folder(args.data, args.size)
+def data_of(args: Namespace, hints: bool = False) -> Dataset:
+    if args.data is None:
+        return Shapes(args.seed, args.size, hints=hints)
+    return Folder(args.data, args.size, hints)
 
 
 def fresh_data_of(args: Namespace) -> dict[str, Dataset]:

@@ -1,6 +1,7 @@
 """Trains a decoder: image embedding in, latents out. Writes a whole decoder repository around it.
 
 `--task inpaint` and `--task hint` start from the text-to-image U-Net that --init names, its entrance widened.
+`--lora RANK` writes a LoRA of --init's U-Net instead, unet-lora.safetensors.
 """
 
 import sys
@@ -18,7 +19,6 @@ from kandinsky.embedding_cache import Cache, build_cache
 from kandinsky.parts import zero_image_embeds
 from kandinsky.repository import write_decoder_repository
 from kandinsky.schedulers import DDPMScheduler
-from kandinsky.shapes import depth_hint
 from kandinsky.training import initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
 
@@ -45,6 +45,7 @@ def parse_args(argv=None):
         "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written U-Net")
+    training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
 
@@ -60,19 +61,18 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
                 "image_embeds": image_encoder(clip_normalize(pixels, size)),
                 "latents": movq.encode(pixels),
             }
-        if args.task == "hint":
-            hints = [torch.from_numpy(depth_hint(scene, args.size)) for scene in samples.scenes]
-            out["hint"] = torch.stack(hints)[:, None].expand(-1, 3, -1, -1).float() / 255
+        if samples.hints is not None:
+            out["hint"] = samples.hints
         return {name: tensor.half() for name, tensor in out.items()}
 
-    data = training_cli.data_of(args)
+    data = training_cli.data_of(args, hints=args.task == "hint")
     count = args.count if args.data is None else len(data)
     return build_cache(data, count, args.out / "training" / "latents.safetensors", encode)
 
 
 def make_unet(args, embedding_dim: int, f: int) -> UNet:
     if args.init is not None:
-        known = UNet.from_pretrained(args.init / "unet")
+        known = UNet.from_pretrained(args.init / "unet", dtype=training_cli.lora_dtype(args))
         entrance = {"text2img": (4, False), "inpaint": (9, False), "hint": (8, True)}[args.task]
         if (known.config.in_channels, known.config.hint) == entrance:
             return known
@@ -93,6 +93,7 @@ def make_objective(args) -> DecoderObjective:
     )
     cache = encode_data(args, image_encoder, movq)
     unet = make_unet(args, cache["image_embeds"].shape[1], movq.config.downscale)
+    training_cli.with_lora(unet, args)
     painter = None
     if args.task == "text2img":
         samples = next(iter(training_cli.fresh_data_of(args).values())).load(list(range(48)))
@@ -113,7 +114,9 @@ def make_objective(args) -> DecoderObjective:
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    write_decoder_repository(args.out, args.movq / "movq", args.task == "inpaint", args.task == "hint")
+    training_cli.check_lora_flag(args)
+    if args.lora is None:
+        write_decoder_repository(args.out, args.movq / "movq", args.task == "inpaint", args.task == "hint")
     training_cli.train(make_objective(args), args, ResnetBlock, AttentionBlock)
     return 0
 

@@ -11,14 +11,15 @@ from kandinsky.training import initialize
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument(
-        "--channels", type=int, nargs="+", default=[32, 32, 64, 96], help="finest level first"
-    )
+    parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 64], help="finest level first")
     parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--codes", type=int, default=1024, help="size of the codebook")
     parser.add_argument("--crop", type=int, help="train on crops of so many pixels, the busier ones")
     parser.add_argument(
         "--adversarial", type=float, default=0.0, help="weight of a discriminator's judgement"
+    )
+    parser.add_argument(
+        "--latent-noise", type=float, default=0.1, help="added to latents before they are decoded"
     )
     parser.add_argument("--freeze-encoder", action="store_true", help="train what decodes, keep the latents")
     training_cli.add_training_flags(parser, batch_size=16, learning_rate=1.5e-3)
@@ -38,6 +39,7 @@ def main(argv=None) -> int:
     fresh = next(iter(training_cli.fresh_data_of(args).values()))
     data = training_cli.data_of(args)
     settings = {"adversarial": args.adversarial, "crop": args.crop, "frozen_encoder": args.freeze_encoder}
+    settings["latent_noise"] = args.latent_noise
     objective = MoVQObjective(movq, data, fresh, **settings)
     training_cli.train(objective, args, ResnetBlock, AttentionBlock)
     return 0

@@ -1,4 +1,7 @@
-"""Trains a prior: text in, image embedding out. Writes a whole prior repository around it."""
+"""Trains a prior: text in, image embedding out. Writes a whole prior repository around it.
+
+`--lora RANK` writes a LoRA of --init's prior instead, prior-lora.safetensors.
+"""
 
 import sys
 from pathlib import Path
@@ -29,6 +32,7 @@ def parse_args(argv=None):
         "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written prior")
+    training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
 
@@ -61,13 +65,16 @@ def encode_data(args) -> list:
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    write_prior_repository(args.out, args.clip)
+    training_cli.check_lora_flag(args)
+    if args.lora is None:
+        write_prior_repository(args.out, args.clip)
     cache, fresh = encode_data(args)
     if args.init is not None:
-        prior = Prior.from_pretrained(args.init / "prior")
+        prior = Prior.from_pretrained(args.init / "prior", dtype=training_cli.lora_dtype(args))
     else:
         dim = cache["image_embeds"].shape[1]
         prior = initialize(Prior(PriorConfig(args.heads, args.head_dim, args.layers, dim)), args.seed)
+    training_cli.with_lora(prior, args)
     objective = PriorObjective(prior, UnCLIPScheduler(), cache, fresh, getattr(torch, args.save_dtype))
     if args.init is None:
         objective.normalize_by(cache)

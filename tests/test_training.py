@@ -359,8 +359,21 @@ def test_folder_reads_captions_beside_pictures_and_crops_the_middle(tmp_path, ca
     (tmp_path / "wide.txt").write_text("a white\nsquare\n")
     Image.fromarray(picture).save(tmp_path / "lonely.png")
     samples = Folder(tmp_path, 16).load([0])
-    assert samples.captions == ["a white square"] and samples.pixels[..., 1:-1].min() == 1
+    assert samples.captions == ["a white square"] and samples.pixels[..., 1:-1].min() > 0.999
     assert "lonely.png has no caption" in capsys.readouterr().err
+
+
+def test_hints_are_read_beside_pictures_and_are_no_pictures(tmp_path, capsys):
+    for name, level in (("cat.jpg", 90), ("cat.hint.png", 51), ("dog.png", 90)):
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(tmp_path / name)
+    for name in ("cat", "dog"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert len(Folder(tmp_path, 8)) == 2 and capsys.readouterr().err == ""
+    data = Folder(tmp_path, 8, hints=True)
+    assert len(data) == 1 and "dog.png has no hint" in capsys.readouterr().err
+    samples = data.load([0])
+    assert samples.captions == ["cat"] and samples.hints.shape == (1, 3, 8, 8)
+    assert (samples.hints - 0.2).abs().max() < 1e-6
 
 
 def test_a_run_on_eight_pictures_learns_them(tmp_path):

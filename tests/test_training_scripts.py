@@ -1,5 +1,6 @@
 """The training scripts, from nothing to a checkpoint that diffusers draws the same pictures with."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+from PIL import Image
 
 from kandinsky import Kandinsky
 from kandinsky.cli import WEIGHTS
@@ -103,6 +105,54 @@ def test_inpainting_starts_from_a_text_to_image_decoder(trained, tmp_path, capsy
     start = ["--init", trained / "mini-decoder"]
     assert run("train_decoder", "--out", tmp_path / "inpaint", *start, *places, *data) == 0
     assert Kandinsky.from_pretrained(tmp_path / "inpaint").unet_config.in_channels == 9
+
+
+@pytest.mark.parametrize("network", ["prior", "unet"])
+@pytest.mark.parametrize("precision", [[], ["--bf16", "--checkpointing"]])
+def test_a_lora_is_trained_alone_and_loads(trained, tmp_path, network, precision):
+    out = tmp_path / "lora"
+    flags = ["--data", trained / "pictures", "--size", "16", *SHORT, "--lora", "2", *precision]
+    if network == "prior":
+        script, places = "train_prior", ["--clip", trained / "clip", "--init", trained / "mini-prior"]
+    else:
+        script = "train_decoder"
+        places = [
+            "--clip",
+            trained / "mini-prior",
+            "--movq",
+            trained / "movq",
+            "--init",
+            trained / "mini-decoder",
+        ]
+    assert run(script, "--out", out, *places, *flags) == 0
+    assert {path.name for path in out.iterdir()} == {"training", f"{network}-lora.safetensors"}
+    pipe = Kandinsky.from_pretrained(trained / "mini-decoder")
+    draw = lambda: pipe.text2img("a red circle", seed=0, num_inference_steps=2, output_type="latent")  # noqa: E731
+    before = draw()
+    pipe.load_lora(out / f"{network}-lora.safetensors")
+    assert not torch.equal(draw(), before)
+    pipe.unload_lora()
+    assert torch.equal(draw(), before)
+
+
+def test_a_lora_needs_a_network_to_change(trained, tmp_path, capsys):
+    places = ["--clip", trained / "clip", "--out", tmp_path / "lora", "--lora", "2"]
+    assert run("train_prior", *places) == 2
+    assert "--lora needs --init" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+
+
+def test_a_hint_network_is_trained_on_a_folder_with_hints(trained, tmp_path, capsys):
+    pictures = write_folder(tmp_path / "pictures", 3)
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    first = json.loads(lines[0]) | {"hint_file_name": "0.hint.png"}
+    (pictures / "metadata.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]))
+    Image.fromarray(np.full((16, 16), 200, np.uint8)).save(pictures / "0.hint.png")
+    data = ["--data", pictures, "--size", "16", *SHORT]
+    places = ["--clip", trained / "mini-prior", "--movq", trained / "movq", "--task", "hint"]
+    start = ["--init", trained / "mini-decoder"]
+    assert run("train_decoder", "--out", tmp_path / "hint", *start, *places, *data) == 0
+    assert capsys.readouterr().err.count("has no hint") == 2
+    assert Kandinsky.from_pretrained(tmp_path / "hint").unet_config.hint
 
 
 @pytest.mark.skipif(not (WEIGHTS / "mini-decoder").is_dir(), reason="no embedded checkpoint")
