@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.lora_files import Factors, listed, read_lora, write_lora
+from kandinsky.optimize import restored
+from kandinsky.packed import WITH_PACKED, PackedLinear
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 
@@ -98,7 +100,7 @@ def add_lora(
     factors, hit = {}, set()
     for name, layer in network.named_modules():
         target = next((t for t in targets or ATTENTION if f".{name}".endswith(f".{t}")), None)
-        if target is None or type(layer) not in (nn.Linear, LoRALinear):
+        if target is None or type(layer) not in (nn.Linear, LoRALinear, PackedLinear):
             continue
         hit.add(target)
         bound = 1 / math.sqrt(layer.in_features)
@@ -162,9 +164,10 @@ def save_lora(network: nn.Module, path: str | Path) -> None:
 
 def remove_lora(network: nn.Module) -> None:
     """Takes every LoRA off a network; its weights were never touched."""
-    for layer in _layers(network).values():
-        del layer.loras
-        layer.__class__ = next(plain for plain, other in WITH_LORA.items() if other is type(layer))
+    with restored(network):
+        for layer in _layers(network).values():
+            del layer.loras
+            layer.__class__ = next(plain for plain, other in WITH_LORA.items() if other is type(layer))
 
 
 @torch.no_grad()
@@ -184,12 +187,13 @@ class Attach:
     scale: float = 1.0
 
     def __call__(self, network: nn.Module) -> None:
-        self.check(network)
-        for name, factors in self.factors.items():
-            layer = network.get_submodule(name)
-            if type(layer) in WITH_LORA:
-                layer.__class__, layer.loras = WITH_LORA[type(layer)], nn.ModuleList()
-            layer.loras.append(LoRA(factors, self.scale).to(layer.weight.device))
+        with restored(network):
+            self.check(network)
+            for name, factors in self.factors.items():
+                layer = network.get_submodule(name)
+                if type(layer) in WITH_LORA:
+                    layer.__class__, layer.loras = WITH_LORA[type(layer)], nn.ModuleList()
+                layer.loras.append(LoRA(factors, self.scale).to(layer.weight.device))
 
     def check(self, network: nn.Module) -> None:
         """Raises a CheckpointError that lists the layers that the network lacks and those that do not fit."""
@@ -198,7 +202,7 @@ class Attach:
             layer = layers.get(name)
             if not hasattr(layer, "weight"):
                 problems.append(f"this {type(network).__name__} has no layer {name}")
-            elif type(layer) not in (*WITH_LORA, *WITH_LORA.values()):
+            elif type(layer) not in (*WITH_LORA, *WITH_LORA.values(), *WITH_PACKED.values()):
                 problems.append(f"{name} is a {type(layer).__name__}, which takes no LoRA")
             else:
                 needed = tuple(layer.weight.shape)

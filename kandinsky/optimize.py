@@ -1,0 +1,279 @@
+"""Rewrites a loaded network in place so that it runs faster; `restore` undoes it to the last bit.
+
+    pipe.optimize()      # each network, now or when it is read
+    optimize(unet)       # one network
+
+A layer or block stays the same object at the same path, with the same hooks; only its class changes, to one
+whose forward computes the same from another order of the work. Saving, copying and LoRAs go on working. Each
+rewrite is exact up to the rounding of sums:
+
+    packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU)
+    merged upsampling   doubling by nearest neighbour, then a 3×3 convolution: an output pixel sees 2×2 inputs
+                        only, so four 2×2 convolutions of the small map do what one of the large map does
+    low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size
+    chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kandinsky import movq, packed, unet
+from kandinsky.packed import WITH_PACKED, PackedWeight, pack, pack_conv, packed_conv, wants_gradient
+
+QUERIES = 1024  # rows of the attention matrix at a time
+
+
+class MergedUpsampling:
+    """Nearest-neighbour doubling and the 3×3 convolution behind it, as one 2×2 convolution.
+
+    Output pixel 2i + p reads rows i - 1 + p and i + p of the small map, p = 0 or 1: for p = 0 the first tap
+    falls on the one and the other two on the next; for p = 1 the first two and the last.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        weight = conv.weight.detach().float()
+        rows = torch.stack([_first_alone(weight, 2), _last_alone(weight, 2)])
+        kernels = torch.stack(
+            [_first_alone(rows, 4), _last_alone(rows, 4)], dim=1
+        )  # (2, 2, c_out, c_in, 2, 2)
+        self.weight = kernels.flatten(0, 2).to(conv.weight.dtype)
+        self.bias = None if conv.bias is None else conv.bias.detach().repeat(4)
+        self.packed: PackedWeight | None = None
+        if conv.weight.device.type == "cpu" and conv.weight.dtype in packed.PACKABLE and packed.available():
+            self.packed = pack_conv(self.weight, (1, 1), (1, 1), (1, 1), (2, conv.in_channels, 32, 32))
+            self.weight = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(b, c_in, h, w) -> (b, c_out, 2h, 2w)"""
+        if self.packed is None:
+            out = F.conv2d(x, self.weight, self.bias, padding=1)
+        else:
+            out = packed_conv(x, self.packed, self.bias, (1, 1), (1, 1), (1, 1))
+        b, _, h, w = x.shape
+        parts = out.unflatten(1, (2, 2, -1))  # (b, 2, 2, c, h + 1, w + 1)
+        doubled = out.new_empty(b, parts.shape[3], 2 * h, 2 * w)
+        for p in (0, 1):
+            for q in (0, 1):
+                doubled[:, :, p::2, q::2] = parts[:, p, q, :, p : p + h, q : q + w]
+        return doubled
+
+    def __deepcopy__(self, memo: dict) -> "MergedUpsampling":
+        return self  # never written to
+
+
+def _first_alone(taps: Tensor, dim: int) -> Tensor:
+    first, second, third = taps.unbind(dim)
+    return torch.stack([first, second + third], dim)
+
+
+def _last_alone(taps: Tensor, dim: int) -> Tensor:
+    first, second, third = taps.unbind(dim)
+    return torch.stack([first + second, third], dim)
+
+
+class _Merged:
+    """A block whose `merged` stands for an upsampling and the convolution behind it."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Casts and moves the convolution's own weight, and merges anew."""
+        super()._apply(fn, recurse)
+        self.merged = MergedUpsampling(_conv_of(self))
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(packed.NO_NEW_WEIGHTS)
+
+
+class MergedUpResnetBlock(_Merged, unet.ResnetBlock):
+    """The U-Net's block that doubles the map."""
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        if wants_gradient(x):
+            return super().forward(x, modulation)
+        scale, shift = (m[:, :, None, None] for m in modulation)
+        out = self.merged(F.silu(self.norm1(x)))
+        out = self.norm2(out) * (1 + scale) + shift
+        return self.conv_shortcut(self.resize(x)) + self.conv2(F.silu(out))
+
+
+class MergedUpsample(_Merged, movq.Upsample):
+    """MoVQ's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if wants_gradient(x) else self.merged(x)
+
+
+class LowSpatialNorm(movq.SpatialNorm):
+    """Scale and shift at the latent's size, spread over the squares of pixels that share them."""
+
+    def forward(self, x: Tensor, zq: Tensor) -> Tensor:
+        h, w = zq.shape[-2:]
+        if x.shape[-2] % h or x.shape[-1] % w:
+            return super().forward(x, zq)
+        normed = self.norm_layer(x)
+        squares = rearrange(normed, "b c (h s) (w t) -> b c h s w t", h=h, w=w)
+        scale, shift = (y[:, :, :, None, :, None] for y in (self.conv_y(zq), self.conv_b(zq)))
+        return rearrange(torch.addcmul(shift, squares, scale), "b c h s w t -> b c (h s) (w t)")
+
+
+class _ChunkedAttention:
+    def attend(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        x = rearrange(x, "b c h w -> b (h w) c")
+        q, k, v = self.to_q(x) * x.shape[-1] ** -0.5, self.to_k(x).mT, self.to_v(x)
+        chunks = [(rows @ k).softmax(dim=-1) @ v for rows in q.split(QUERIES, dim=1)]
+        return rearrange(self.to_out(torch.cat(chunks, dim=1)), "b (h w) c -> b c h w", h=h, w=w)
+
+
+class ChunkedEncoderAttention(_ChunkedAttention, movq.EncoderAttentionBlock):
+    pass
+
+
+class ChunkedDecoderAttention(_ChunkedAttention, movq.DecoderAttentionBlock):
+    pass
+
+
+FASTER = {
+    movq.SpatialNorm: LowSpatialNorm,
+    movq.EncoderAttentionBlock: ChunkedEncoderAttention,
+    movq.DecoderAttentionBlock: ChunkedDecoderAttention,
+}
+MERGED = {unet.ResnetBlock: MergedUpResnetBlock, movq.Upsample: MergedUpsample}
+PLAIN = {fast: plain for plain, fast in (FASTER | MERGED).items()}
+Rewrite = Callable[[nn.Module], int]  # -> how many layers it changed
+
+
+@torch.no_grad()
+def merge_upsampling(network: nn.Module) -> int:
+    """The convolution's own weight stays: the merged one cannot be split again to the last bit."""
+    count = 0
+    for block in list(network.modules()):
+        doubles = type(block) is movq.Upsample
+        doubles |= type(block) is unet.ResnetBlock and isinstance(block.resize, nn.UpsamplingNearest2d)
+        if doubles and type(conv := _conv_of(block)) is nn.Conv2d:
+            block.merged, block.__class__ = MergedUpsampling(conv), MERGED[type(block)]
+            count += 1
+    return count
+
+
+def lower_spatial_norms(network: nn.Module) -> int:
+    return _swap(network, (movq.SpatialNorm,))
+
+
+def chunk_attention(network: nn.Module) -> int:
+    return _swap(network, (movq.EncoderAttentionBlock, movq.DecoderAttentionBlock), on="cpu")
+
+
+def pack_weights(network: nn.Module) -> int:
+    """All linear and convolution weights but those that a merged upsampling stands for, and LoRA's layers."""
+    if not packed.available():
+        return 0
+    merged = {id(_conv_of(block)) for block in network.modules() if type(block) in MERGED.values()}
+    layers = [layer for layer in network.modules() if id(layer) not in merged]
+    count = sum(pack(layer) for layer in layers)
+    if count:
+        _leave_the_file(network)
+    return count
+
+
+def _conv_of(block: nn.Module) -> nn.Conv2d:
+    return block.conv if isinstance(block, movq.Upsample) else block.conv1
+
+
+def _leave_the_file(network: nn.Module) -> None:
+    """Copies what was not packed: as long as one tensor is mapped from the weights' file, all of it is."""
+    for parameter in network.parameters():
+        if not parameter.is_meta and parameter.stride() != (0,) * parameter.ndim:
+            parameter.data = parameter.data.clone()
+
+
+def _swap(network: nn.Module, classes: tuple[type, ...], on: str | None = None) -> int:
+    found = [block for block in network.modules() if type(block) in classes]
+    found = [b for b in found if on is None or next(b.parameters()).device.type == on]
+    for block in found:
+        block.__class__ = FASTER[type(block)]
+    return len(found)
+
+
+REWRITES: dict[str, Rewrite] = {
+    "merged upsampling": merge_upsampling,
+    "low spatial norm": lower_spatial_norms,
+    "chunked attention": chunk_attention,
+    "packed weights": pack_weights,
+}
+
+
+def optimize(network: nn.Module, rewrites: tuple[str, ...] = tuple(REWRITES)) -> dict[str, int]:
+    """Makes a network faster, in place; what is optimized already stays so.
+
+    Args:
+        network: a Prior, UNet, MoVQ or CLIP tower.
+        rewrites: which, by the names above.
+
+    Returns:
+        how many layers each rewrite changed.
+
+    Raises:
+        ValueError: an unknown rewrite.
+    """
+    unknown = [name for name in rewrites if name not in REWRITES]
+    if unknown:
+        raise ValueError(f"no rewrite is called {unknown[0]!r}; there are {', '.join(REWRITES)}")
+    return {name: rewrite(network) for name, rewrite in REWRITES.items() if name in rewrites}
+
+
+def restore(network: nn.Module) -> None:
+    """Makes an optimized network plain again, to the last bit."""
+    for layer in network.modules():
+        if type(layer) in WITH_PACKED.values():
+            layer.unpack()
+        elif type(layer) in PLAIN:
+            vars(layer).pop("merged", None)
+            layer.__class__ = PLAIN[type(layer)]
+
+
+def is_optimized(network: nn.Module) -> bool:
+    fast = (*WITH_PACKED.values(), *PLAIN)
+    return any(type(layer) in fast for layer in network.modules())
+
+
+@contextmanager
+def restored(network: nn.Module) -> Iterator[None]:
+    """The plain network, for what changes its layers; optimized again afterwards, if it was."""
+    was_optimized = is_optimized(network)
+    restore(network)
+    try:
+        yield
+    finally:
+        if was_optimized:
+            optimize(network)
+
+
+NETWORKS = ("text_encoder", "prior", "unet", "movq")
+
+
+def optimize_pipeline(pipe: Any) -> dict[str, dict[str, int]]:
+    """`Kandinsky.optimize`: every network, now where it is in memory and each time that it is read."""
+    changed = {}
+    for name in NETWORKS:
+        changes = pipe.changes.setdefault(name, [])
+        if optimize not in changes:
+            changes.append(optimize)
+        if pipe.loaded(name) is not None:
+            changed[name] = optimize(pipe.loaded(name))
+    return changed
+
+
+def restore_pipeline(pipe: Any) -> None:
+    """`Kandinsky.restore`"""
+    for name in NETWORKS:
+        if optimize in pipe.changes.get(name, []):
+            pipe.changes[name].remove(optimize)
+        if pipe.loaded(name) is not None:
+            restore(pipe.loaded(name))

@@ -1,0 +1,132 @@
+"""Linear and convolution weights in the order that oneDNN's kernels read them, for the CPU.
+
+PyTorch lays a weight out anew at each call; a packed layer does it once. The packed weight takes the plain
+one's place in memory: `layer.weight` keeps its shape, dtype and device but holds NaN, and is made again for
+saving, casting, and wherever a gradient is asked for. The operators are PyTorch's own, those that its
+compiler emits, but private: `available` tells whether they are there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NO_NEW_WEIGHTS = "an optimized network takes no new weights; kandinsky.optimize.restore(network) first"
+PACKABLE = (torch.float32, torch.bfloat16)  # oneDNN has no float16 kernels on most CPUs
+
+
+def available() -> bool:
+    """Whether this PyTorch has the operators, and oneDNN."""
+    needed = ("_reorder_linear_weight", "_linear_pointwise", "_convolution_pointwise")
+    has_operators = all(hasattr(torch.ops.mkldnn, name) for name in needed)
+    return (
+        has_operators
+        and hasattr(torch._C._nn, "mkldnn_reorder_conv2d_weight")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+class PackedWeight:
+    """A weight in oneDNN's order. It is never written to, so copies of a layer share it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def plain(self) -> Tensor:
+        """To the last bit what was packed."""
+        return self.tensor.to_dense()
+
+    def __deepcopy__(self, memo: dict) -> "PackedWeight":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a packed weight cannot be pickled; kandinsky.optimize.restore(network) first")
+
+
+def pack_conv(
+    weight: Tensor, stride: Any, padding: Any, dilation: Any, size: tuple[int, ...]
+) -> PackedWeight:
+    """weight: (c_out, c_in, k, k); size: (b, c_in, h, w), of an input that the order is chosen for."""
+    where = (list(padding), list(stride), list(dilation), 1, list(size))
+    return PackedWeight(torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *where))
+
+
+def packed_conv(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
+) -> Tensor:
+    where = (list(padding), list(stride), list(dilation), 1, "none", [], "")
+    bias = None if bias is None else bias.detach()
+    return torch.ops.mkldnn._convolution_pointwise(x, packed.tensor, bias, *where)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """The packed operators have no backward pass."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+class _Packed:
+    """What the two packed layers share."""
+
+    packed: PackedWeight
+
+    def unpack(self) -> None:
+        """Makes it the plain layer that it was."""
+        self.weight = nn.Parameter(self.packed.plain(), requires_grad=self.weight.requires_grad)
+        del self.packed
+        self.__class__ = next(plain for plain, other in WITH_PACKED.items() if other is type(self))
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.packed.plain()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(NO_NEW_WEIGHTS)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Casts and moves the weight itself; it is packed again where that is possible."""
+        self.unpack()
+        self._apply(fn, recurse)
+        pack(self)
+        return self
+
+
+class PackedLinear(_Packed, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if wants_gradient(x):
+            return F.linear(x, self.packed.plain(), self.bias)
+        bias = None if self.bias is None else self.bias.detach()
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed.tensor, bias, "none", [], "")
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        where = (self.stride, self.padding, self.dilation)
+        if wants_gradient(x):
+            return F.conv2d(x, self.packed.plain(), self.bias, *where)
+        return packed_conv(x, self.packed, self.bias, *where)
+
+
+WITH_PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+
+
+@torch.no_grad()
+def pack(layer: nn.Module, size: tuple[int, int] = (32, 32)) -> bool:
+    """Packs a plain Linear or Conv2d of one group on the CPU, in place; whether it was one.
+
+    size: height and width of the input that a convolution's order is chosen for; others run too.
+    """
+    weight = getattr(layer, "weight", None)
+    if type(layer) not in WITH_PACKED or weight.device.type != "cpu" or weight.dtype not in PACKABLE:
+        return False
+    if type(layer) is nn.Conv2d:
+        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return False
+        input_size = (2, layer.in_channels, *size)
+        packed = pack_conv(weight, layer.stride, layer.padding, layer.dilation, input_size)
+    else:
+        packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()))
+    nothing = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
+    layer.weight = nn.Parameter(nothing, requires_grad=weight.requires_grad)
+    layer.__class__, layer.packed = WITH_PACKED[type(layer)], packed
+    return True

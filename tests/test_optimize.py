@@ -1,0 +1,282 @@
+"""What `optimize` rewrites: the same numbers, undone to the bit, and nothing else stops working."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, lora, packed
+from kandinsky.checkpoint import CheckpointError
+from kandinsky.encoders import CLIPTextEncoder
+from kandinsky.optimize import REWRITES, MergedUpsampling, is_optimized, optimize, restore
+from tests import small
+from tests.helpers import randn, relative_l2
+from tests.small import EMBEDDING_DIM, ours
+
+needs_packing = pytest.mark.skipif(not packed.available(), reason="this PyTorch has no oneDNN operators")
+
+
+def unet_output(unet: UNet, h: int = 8, w: int = 12) -> torch.Tensor:
+    t = torch.tensor([999, 20])
+    return unet(randn(2, 4, h, w), t, randn(2, EMBEDDING_DIM, seed=1))
+
+
+def prior_output(prior: Prior) -> torch.Tensor:
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    text = (randn(2, EMBEDDING_DIM, seed=1), randn(2, 5, EMBEDDING_DIM, seed=2), mask)
+    return prior(randn(2, EMBEDDING_DIM), torch.tensor([999, 20]), *text)
+
+
+def movq_output(movq: MoVQ) -> torch.Tensor:
+    return torch.cat([movq.decode(randn(2, 4, 6, 5)), movq.decode(movq.encode(randn(2, 3, 24, 20, seed=3)))])
+
+
+def text_output(encoder: CLIPTextEncoder) -> torch.Tensor:
+    return torch.cat([x.flatten() for x in encoder(torch.tensor([[0, 7, 300, 2], [0, 9, 2, 2]]))])
+
+
+NETWORKS = {
+    "unet": (lambda seed: ours(UNet, small.reference_unet(seed=seed)), unet_output),
+    "prior": (lambda seed: ours(Prior, small.reference_prior(seed)), prior_output),
+    "movq": (lambda seed: ours(MoVQ, small.reference_movq(3, seed)), movq_output),
+    "text encoder": (lambda seed: ours(CLIPTextEncoder, small.reference_text_encoder(seed)), text_output),
+}
+CHANGES = {
+    "unet": {"merged upsampling", "packed weights"},
+    "prior": {"packed weights"},
+    "movq": {"merged upsampling", "low spatial norm", "chunked attention", "packed weights"},
+    "text encoder": {"packed weights"},
+}
+
+
+@needs_packing
+@torch.no_grad()
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_optimized_networks_give_the_same_and_come_back_to_the_bit(kind):
+    make, output = NETWORKS[kind]
+    for seed in range(3):
+        network = make(seed)
+        plain, weights = output(network), copy.deepcopy(network.state_dict())
+        changed = optimize(network)
+        assert {name for name, count in changed.items() if count} == CHANGES[kind]
+        assert 0 < relative_l2(output(network), plain) <= 1e-5 or kind in ("prior", "text encoder")
+        assert relative_l2(output(network), plain) <= 1e-5
+        assert is_optimized(network) and not any(optimize(network).values())  # a second time changes nothing
+        restore(network)
+        assert not is_optimized(network) and torch.equal(output(network), plain)
+        assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rewrite", REWRITES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_each_rewrite_alone_gives_the_same(kind, rewrite):
+    make, output = NETWORKS[kind]
+    network = make(0)
+    plain = output(network)
+    assert list(optimize(network, (rewrite,))) == [rewrite]
+    assert relative_l2(output(network), plain) <= 1e-5
+
+
+@torch.no_grad()
+def test_the_plain_forms_stand_in_where_the_operators_are_missing(monkeypatch):
+    monkeypatch.setattr(packed, "available", lambda: False)
+    for kind, (make, output) in NETWORKS.items():
+        network = make(0)
+        plain = output(network)
+        assert optimize(network)["packed weights"] == 0
+        assert relative_l2(output(network), plain) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("h, w", [(1, 1), (1, 5), (4, 3)])
+def test_merged_upsampling_equals_doubling_and_convolution(h, w):
+    conv, x = nn.Conv2d(3, 5, 3, padding=1), randn(2, 3, h, w)
+    doubled = conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert relative_l2(MergedUpsampling(conv)(x), doubled) <= 1e-6
+
+
+@needs_packing
+@torch.no_grad()
+def test_half_precision_packs_and_lies_no_further_from_float32():
+    for kind, (make, output) in NETWORKS.items():
+        exact = output(make(0))
+        network = make(0).to(torch.bfloat16)
+        plain = relative_l2(output(network), exact)
+        optimize(network)
+        assert any(isinstance(layer, packed.PackedLinear) for layer in network.modules())
+        assert relative_l2(output(network), exact) <= 1.3 * plain, kind
+
+
+@torch.no_grad()
+def test_float16_is_not_packed_and_runs():
+    network = ours(UNet, small.reference_unet()).half()
+    plain = unet_output(network)
+    assert optimize(network)["packed weights"] == 0
+    assert relative_l2(unet_output(network), plain) <= 1e-2
+
+
+@needs_packing
+@torch.no_grad()
+def test_casting_an_optimized_network_equals_optimizing_a_cast_one():
+    for make, output in NETWORKS.values():
+        one, other = make(0), make(0).to(torch.bfloat16)
+        optimize(one)
+        optimize(other)
+        one.to(torch.bfloat16)
+        assert torch.equal(output(one), output(other)) and is_optimized(one)
+        restore(one)
+        restore(other)
+        states = zip(one.state_dict().values(), other.state_dict().values())
+        assert all(torch.equal(a, b) for a, b in states)
+
+
+@needs_packing
+@torch.no_grad()
+def test_an_optimized_network_is_saved_and_copied_as_the_plain_one(tmp_path):
+    for kind, network_class in (("unet", UNet), ("movq", MoVQ), ("prior", Prior)):
+        make, output = NETWORKS[kind]
+        network = make(0)
+        plain = output(network)
+        optimize(network)
+        network.save_pretrained(tmp_path / kind)
+        assert torch.equal(output(network_class.from_pretrained(tmp_path / kind)), plain)
+        twin = copy.deepcopy(network)
+        assert torch.equal(output(twin), output(network))
+        restore(twin)
+        assert torch.equal(output(twin), plain) and is_optimized(network)
+
+
+@needs_packing
+def test_new_weights_and_pickles_are_refused():
+    network = ours(UNet, small.reference_unet())
+    state = network.state_dict()
+    optimize(network)
+    with pytest.raises(RuntimeError, match="restore"):
+        network.load_state_dict(state)
+    import pickle
+
+    with pytest.raises(TypeError, match="restore"):
+        pickle.dumps(network)
+    with pytest.raises(ValueError, match="no rewrite is called 'magic'; there are merged upsampling"):
+        optimize(network, ("magic",))
+
+
+@needs_packing
+def test_plain_weights_do_not_stay_in_memory():
+    """A packed layer's own weight is one number, seen in its old shape; reading it by mistake gives NaN."""
+    network = ours(Prior, small.reference_prior())
+    optimize(network)
+    layers = [layer for layer in network.modules() if isinstance(layer, packed.PackedLinear)]
+    assert len(layers) == sum(type(m) is nn.Linear for m in ours(Prior, small.reference_prior()).modules())
+    for layer in layers:
+        assert layer.weight.untyped_storage().nbytes() == 4 and layer.weight.isnan().all()
+        assert layer.weight.shape == (layer.out_features, layer.in_features)
+
+
+@needs_packing
+def test_gradients_pass_through_an_optimized_network():
+    network, other = (ours(UNet, small.reference_unet()) for _ in range(2))
+    optimize(network)
+    of_x, of_embeds = [], []
+    for unet in (network, other):
+        x, embeds = randn(2, 4, 8, 8).requires_grad_(), randn(2, EMBEDDING_DIM, seed=1).requires_grad_()
+        unet(x, torch.tensor([999, 20]), embeds).square().sum().backward()
+        of_x.append(x.grad)
+        of_embeds.append(embeds.grad)
+    assert relative_l2(*of_x) <= 1e-4 and relative_l2(*of_embeds) <= 1e-4
+    movqs = [ours(MoVQ, small.reference_movq()) for _ in range(2)]
+    optimize(movqs[0])
+    latents = [randn(1, 4, 4, 4).requires_grad_() for _ in movqs]
+    for movq, z in zip(movqs, latents):
+        movq.decode(z).square().sum().backward()
+    assert relative_l2(*(z.grad for z in latents)) <= 1e-4
+
+
+@needs_packing
+@torch.no_grad()
+def test_hooks_keep_working():
+    network = ours(UNet, small.reference_unet())
+    seen = []
+    layers = [network.mid_block.attentions[0].to_q, network.up_blocks[0].upsamplers[0], network.conv_in]
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, out: seen.append(module))
+    optimize(network)
+    unet_output(network)
+    assert len(seen) == 3 and set(seen) == set(layers)
+
+
+@needs_packing
+@torch.no_grad()
+def test_loras_go_on_and_come_off_an_optimized_network(tmp_path):
+    network = ours(UNet, small.reference_unet())
+    lora.add_lora(network, 2)
+    for parameter in lora.lora_parameters(network):
+        parameter.copy_(randn(*parameter.shape, seed=parameter.numel()) / 10)
+    lora.save_lora(network, tmp_path / "lora.safetensors")
+    changed = unet_output(network)
+    lora.remove_lora(network)
+    plain = unet_output(network)
+    optimize(network)
+    before = unet_output(network)
+    lora.load_lora(network, tmp_path / "lora.safetensors")
+    assert is_optimized(network) and relative_l2(unet_output(network), changed) <= 1e-5
+    lora.remove_lora(network)
+    assert is_optimized(network) and torch.equal(unet_output(network), before)
+    lora.load_lora(network, tmp_path / "lora.safetensors")
+    lora.merge_lora(network)
+    assert is_optimized(network) and relative_l2(unet_output(network), changed) <= 1e-5
+    assert relative_l2(changed, plain) > 1e-2
+    with pytest.raises(CheckpointError, match="not_there"):
+        lora.Attach("x", {"not_there": lora.Factors(randn(2, 3), randn(3, 2), 2.0)})(network)
+    assert is_optimized(network)
+
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def decoder_folder(tmp_path_factory):
+    return small.write_checkpoints(tmp_path_factory.mktemp("small"))
+
+
+def draw(pipe: Kandinsky, **settings) -> torch.Tensor:
+    return pipe.text2img(
+        PROMPT, seed=0, num_inference_steps=3, output_type="pt", height=32, width=32, **settings
+    )
+
+
+@needs_packing
+def test_a_pipeline_is_optimized_now_and_when_networks_are_read(decoder_folder):
+    for keep_loaded in (True, False):
+        pipe = Kandinsky.from_pretrained(decoder_folder, keep_loaded=keep_loaded)
+        plain = draw(pipe)
+        changed = pipe.optimize()
+        assert set(changed) == ({"text_encoder", "prior", "unet", "movq"} if keep_loaded else set())
+        fast = draw(pipe)
+        assert not torch.equal(fast, plain) and relative_l2(fast, plain) <= 1e-4
+        assert pipe.optimize() is not None and torch.equal(draw(pipe), fast)  # once is enough
+        pipe.restore()
+        assert torch.equal(draw(pipe), plain)
+
+
+@needs_packing
+def test_a_pipeline_can_be_cast_and_given_loras_while_optimized(decoder_folder, tmp_path):
+    pipe = Kandinsky.from_pretrained(decoder_folder)
+    lora.add_lora(pipe.unet, 2)
+    for parameter in lora.lora_parameters(pipe.unet):
+        parameter.data.copy_(randn(*parameter.shape) / 10)
+    lora.save_lora(pipe.unet, tmp_path / "lora.safetensors")
+    lora.remove_lora(pipe.unet)
+    pipe.load_lora(tmp_path / "lora.safetensors")
+    wanted = draw(pipe)
+    pipe.unload_lora()
+    plain = draw(pipe)
+    pipe.optimize()
+    pipe.load_lora(tmp_path / "lora.safetensors")
+    assert is_optimized(pipe.unet) and relative_l2(draw(pipe), wanted) <= 1e-4
+    pipe.unload_lora()
+    assert relative_l2(draw(pipe), plain) <= 1e-4
+    pipe.to(dtype=torch.bfloat16)
+    assert is_optimized(pipe.unet) and draw(pipe).isfinite().all()
