@@ -12,6 +12,8 @@ rewrite is exact up to the rounding of sums:
                         only, so four 2×2 convolutions of the small map do what one of the large map does
     low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size
     chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
+    winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
+                        float32, CPU); their weights are kept twice, the second time four times as large
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +25,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky import movq, packed, unet
-from kandinsky.packed import WITH_PACKED, PackedWeight, pack, pack_conv, packed_conv, wants_gradient
+from kandinsky import movq, packed, unet, winograd
+from kandinsky.packed import Packed, PackedWeight, pack, pack_conv, packed_conv, wants_gradient
 
 QUERIES = 1024  # rows of the attention matrix at a time
 
@@ -182,6 +184,14 @@ def pack_weights(network: nn.Module) -> int:
     return count
 
 
+def use_winograd(network: nn.Module) -> int:
+    """Of packed layers only."""
+    found = [layer for layer in network.modules() if winograd.fits(layer)]
+    for layer in found:
+        winograd.use(layer)
+    return len(found)
+
+
 def _conv_of(block: nn.Module) -> nn.Conv2d:
     return block.conv if isinstance(block, movq.Upsample) else block.conv1
 
@@ -206,6 +216,7 @@ REWRITES: dict[str, Rewrite] = {
     "low spatial norm": lower_spatial_norms,
     "chunked attention": chunk_attention,
     "packed weights": pack_weights,
+    "winograd": use_winograd,
 }
 
 
@@ -231,7 +242,7 @@ def optimize(network: nn.Module, rewrites: tuple[str, ...] = tuple(REWRITES)) ->
 def restore(network: nn.Module) -> None:
     """Makes an optimized network plain again, to the last bit."""
     for layer in network.modules():
-        if type(layer) in WITH_PACKED.values():
+        if isinstance(layer, Packed):
             layer.unpack()
         elif type(layer) in PLAIN:
             vars(layer).pop("merged", None)
@@ -239,8 +250,7 @@ def restore(network: nn.Module) -> None:
 
 
 def is_optimized(network: nn.Module) -> bool:
-    fast = (*WITH_PACKED.values(), *PLAIN)
-    return any(type(layer) in fast for layer in network.modules())
+    return any(isinstance(layer, (Packed, *PLAIN)) for layer in network.modules())
 
 
 @contextmanager

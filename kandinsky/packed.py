@@ -65,7 +65,7 @@ def wants_gradient(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-class _Packed:
+class Packed:
     """What the two packed layers share."""
 
     packed: PackedWeight
@@ -74,7 +74,7 @@ class _Packed:
         """Makes it the plain layer that it was."""
         self.weight = nn.Parameter(self.packed.plain(), requires_grad=self.weight.requires_grad)
         del self.packed
-        self.__class__ = next(plain for plain, other in WITH_PACKED.items() if other is type(self))
+        self.__class__ = next(plain for plain, other in WITH_PACKED.items() if isinstance(self, other))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -91,7 +91,7 @@ class _Packed:
         return self
 
 
-class PackedLinear(_Packed, nn.Linear):
+class PackedLinear(Packed, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if wants_gradient(x):
             return F.linear(x, self.packed.plain(), self.bias)
@@ -99,7 +99,7 @@ class PackedLinear(_Packed, nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed.tensor, bias, "none", [], "")
 
 
-class PackedConv2d(_Packed, nn.Conv2d):
+class PackedConv2d(Packed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         where = (self.stride, self.padding, self.dilation)
         if wants_gradient(x):

@@ -1,52 +1,283 @@
-"""Measures what the README states: medians of runs taken in turn, so that a drifting machine favours none."""
+"""Measures what the README states: medians of runs taken in turn, so that a drifting machine favours none.
 
+import   a fresh process to the end of the import
+start    a fresh process to a saved picture, of the embedded checkpoint, against diffusers on the same folders
+parts    text encoder, prior, U-Net step and MoVQ, at random weights, against diffusers' on the same weights
+"""
+
+import copy
+import gc
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from kandinsky import cli
+import torch
+from torch import Tensor, nn
+
+from kandinsky import MoVQ, Prior, UNet, arguments, cli, random_weights
+from kandinsky.encoders import CLIPTextEncoder
+from kandinsky.optimize import optimize
+from kandinsky.schedulers import UnCLIPScheduler
 
 IMPORTS = {
     "torch": "import torch",
     "kandinsky": "import kandinsky",
     "diffusers": "from diffusers import KandinskyV22CombinedPipeline",
 }
+PROMPT = "a red circle above a small blue square on a yellow background"
+THEIR_SCRIPT = """
+import sys, torch
+from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
+weights, out = sys.argv[1:]
+prior = KandinskyV22PriorPipeline.from_pretrained(weights + "/mini-prior")
+decoder = KandinskyV22Pipeline.from_pretrained(weights + "/mini-decoder")
+size = 8 if len(decoder.movq.config.block_out_channels) == 4 else 4
+size *= decoder.unet.config.sample_size
+generator = torch.Generator().manual_seed(0)
+embeds, negative = prior({prompt!r}, generator=generator).to_tuple()
+steps = dict(num_inference_steps=50, height=size, width=size)
+decoder(embeds, negative, generator=generator, **steps).images[0].save(out)
+"""
+Run = Callable[[], Tensor]
 
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("what", choices=("import",), help="import: process start to the end of the import")
-    parser.add_argument("--runs", type=int, default=9, help="of each, after one that is not counted")
+    parser.add_argument("what", choices=("import", "start", "parts"), help="see above")
+    parser.add_argument(
+        "--runs", type=int, help="of each, after one that is not counted; default: 9, parts 5"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="which, for parts"
+    )
+    parser.add_argument("--size", choices=tuple(random_weights.SIZES), default="released", help="of networks")
+    parser.add_argument("--pixels", type=int, default=512, help="side of the picture, for parts")
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights, for parts")
+    parser.add_argument("--device", default="cpu", help="for parts")
+    parser.add_argument("--compile", action="store_true", help="also diffusers under torch.compile")
     args = parser.parse_args(argv)
+    if args.runs is None:
+        args.runs = 5 if args.what == "parts" else 9
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
+    args.device = arguments.device(args.device)
     return args
 
 
-def measure_imports(runs: int) -> dict[str, float]:
-    """Median seconds of a fresh process for each import; diffusers only where it is installed."""
-    seconds = {name: [] for name in IMPORTS}
+def in_turn(runs: int, timed: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Seconds of each, one after the other, again and again; the first round is not counted."""
+    seconds = {name: [] for name in timed}
     for run in range(runs + 1):
-        for name, code in IMPORTS.items():
-            start = time.perf_counter()
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-            if done.returncode == 0 and run > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items() if times}
+        for name, once in timed.items():
+            taken = once()
+            if run > 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def process(*command: str) -> Callable[[], float]:
+    """Times a fresh process, which must succeed."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - start
+
+    return once
+
+
+def can_import(name: str) -> bool:
+    return subprocess.run([sys.executable, "-c", IMPORTS[name]], capture_output=True).returncode == 0
+
+
+def measure_imports(runs: int) -> dict[str, list[float]]:
+    names = [name for name in IMPORTS if can_import(name)]
+    return in_turn(runs, {name: process(sys.executable, "-c", IMPORTS[name]) for name in names})
+
+
+def measure_start(runs: int) -> dict[str, list[float]]:
+    script, weights = Path(__file__).parent / "text2img.py", str(cli.WEIGHTS)
+    with tempfile.TemporaryDirectory() as folder:
+        out = ["--out", f"{folder}/ours.png", "--overwrite"]
+        timed = {"kandinsky": process(sys.executable, str(script), PROMPT, "--seed", "0", *out)}
+        if can_import("diffusers"):
+            code = THEIR_SCRIPT.replace("{prompt!r}", repr(PROMPT))
+            timed["diffusers"] = process(sys.executable, "-c", code, weights, f"{folder}/theirs.png")
+        return in_turn(runs, timed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text_runs(args, config: Any) -> tuple[Any, Callable, Callable]:
+    """A prompt of 12 tokens and the empty one; diffusers pads to 77 and calls twice."""
+    end = config.vocab_size - 1
+    ids = torch.full((2, 77), end)
+    ids[0, 1:12] = torch.arange(11)
+    ids[:, 0] = end - 1
+    ids = ids.to(args.device)
+
+    def theirs(tower: nn.Module) -> Tensor:
+        return torch.cat([tower(row[None]).text_embeds for row in ids])
+
+    return lambda tower: tower(ids[:, :13])[1], theirs, 1
+
+
+def prior_runs(args, config: Any) -> tuple[Callable, Callable, int]:
+    """25 guided steps at one prompt; of diffusers' 25 equal steps one is run."""
+    d, scheduler = config.embedding_dim, UnCLIPScheduler()
+    mask = torch.arange(77, device=args.device)[None] < torch.tensor([[2], [12]], device=args.device)
+    text = tuple(x.to(args.device) for x in (randn(2, d, seed=1), randn(2, 77, d, seed=2)))
+    x, ts = randn(2, d).to(args.device), [t for t, _ in scheduler.timesteps(25)]
+
+    def ours(prior: Prior) -> Tensor:
+        cache = prior.prefill(*text, mask)
+        return [prior.step(x, torch.full((2,), t, device=args.device), cache) for t in ts][0]
+
+    def theirs(prior: nn.Module) -> Tensor:
+        inputs = (x, torch.full((2,), ts[0], device=args.device), *text, mask)
+        inputs = [i.to(prior.dtype) if i.is_floating_point() else i for i in inputs]
+        return prior(*inputs).predicted_image_embedding
+
+    return ours, theirs, 25
+
+
+def unet_runs(args, config: Any) -> tuple[Callable, Callable, int]:
+    """One guided step. Ours reads what `prepare` made for the loop."""
+    f = 8 if args.size == "released" else 4
+    x = randn(2, 4, args.pixels // f, args.pixels // f).to(args.device)
+    image_embeds, plans = randn(2, config.embedding_dim, seed=1).to(args.device), {}
+
+    def ours(unet: UNet) -> Tensor:
+        if unet not in plans:
+            plans[unet] = unet.prepare(image_embeds, [681])
+        return unet.step(x, plans[unet], 0)
+
+    def theirs(unet: nn.Module) -> Tensor:
+        t, added = torch.tensor([681, 681], device=args.device), {"image_embeds": image_embeds.to(unet.dtype)}
+        return unet(x.to(unet.dtype), t, encoder_hidden_states=None, added_cond_kwargs=added).sample
+
+    return ours, theirs, 1
+
+
+def movq_runs(args, config: Any) -> tuple[Callable, Callable, int]:
+    z = randn(1, 4, args.pixels // config.downscale, args.pixels // config.downscale).to(args.device)
+    theirs = lambda movq: movq.decode(z.to(movq.dtype), force_not_quantize=True).sample  # noqa: E731
+    return lambda movq: movq.decode(z), theirs, 1
+
+
+PARTS = {
+    "text_encoder": (CLIPTextEncoder, text_runs),
+    "prior": (Prior, prior_runs),
+    "unet": (UNet, unet_runs),
+    "movq": (MoVQ, movq_runs),
+}
+
+
+def reference_for(model: nn.Module) -> nn.Module:
+    """diffusers' or transformers' network on the same weights, in the same memory."""
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    published = model.config.published()
+    with init_empty_weights():
+        if isinstance(model, CLIPTextEncoder):
+            reference = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**published))
+        else:
+            reference = getattr(diffusers, published["_class_name"]).from_config(published)
+    reference.load_state_dict(model.state_dict(), assign=True)
+    for module in reference.modules():  # buffers that are in no file
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(model.device))
+    return reference.eval()
+
+
+@torch.no_grad()
+def measure_part(args, name: str) -> dict[str, Any]:
+    """Seconds of diffusers, ours, and ours optimized, and how far each lies from diffusers in float32."""
+    network, make_runs = PARTS[name]
+    config = getattr(random_weights.SIZES[args.size], {"unet": "unet"}.get(name, name))
+    with torch.device("meta"):
+        model = network(config)
+    model = random_weights.randomize(model.to_empty(device="cpu")).to(args.device)
+    ours, theirs, repeats = make_runs(args, config)
+    exact = theirs(reference_for(model)).float()
+    model = model.to(getattr(torch, args.dtype))
+    reference, fast = reference_for(model), copy.deepcopy(model)
+    optimize(fast)
+    gc.collect()
+    subjects = {"diffusers": (reference, theirs, repeats)}
+    if args.compile:
+        compiled = copy.copy(reference)
+        compiled.forward = torch.compile(reference.forward)
+        subjects["diffusers, compiled"] = (compiled, theirs, repeats)
+    subjects |= {"ours": (model, ours, 1), "ours, optimized": (fast, ours, 1)}
+    away = {key: distance(call(subject).float(), exact) for key, (subject, call, _) in subjects.items()}
+    timed = {key: stopwatch(args, subject, call, times) for key, (subject, call, times) in subjects.items()}
+    return {"seconds": in_turn(args.runs, timed), "relative_l2": away}
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    return ((x - exact).norm() / exact.norm()).item()
+
+
+def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[[], float]:
+    """Seconds of `times` equal calls, of which one is made."""
+
+    def wait() -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+
+    def once() -> float:
+        wait()
+        start = time.perf_counter()
+        call(subject)
+        wait()
+        return times * (time.perf_counter() - start)
+
+    return once
+
+
+def table(measured: dict[str, list[float]], base: str) -> list[str]:
+    medians = {name: statistics.median(seconds) for name, seconds in measured.items()}
+    lines = []
+    for name, seconds in measured.items():
+        spread = f"{min(seconds):.3g} to {max(seconds):.3g}"
+        ratio = f"{medians[name] / medians[base]:5.2f} × {base}"
+        lines.append(f"{name:<20} {medians[name]:8.3g} s  ({spread})  {ratio}")
+    return lines
 
 
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    medians = measure_imports(args.runs)
+    if args.what == "parts":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        results = {}
+        for name in args.parts:
+            results[name] = measure_part(args, name)
+            if not args.json:
+                print(f"\n{name}, {args.size}, {args.dtype}, {args.pixels} px, {args.device}")
+                for line, away in zip(
+                    table(results[name]["seconds"], "diffusers"), results[name]["relative_l2"].values()
+                ):
+                    print(f"{line}  {away:.1e} from float32", flush=True)
+    else:
+        measure, base = (measure_imports, "torch") if args.what == "import" else (measure_start, "kandinsky")
+        results = measure(args.runs)
+        if not args.json:
+            print("\n".join(table(results, base)))
     if args.json:
-        print(json.dumps(medians))
-        return 0
-    for name, median in medians.items():
-        print(f"import {name:<10} {median:6.2f} s   {median / medians['torch']:5.2f} × import torch")
+        print(json.dumps(results))
     return 0
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kandinsky import Kandinsky, MoVQ, Prior, UNet, lora, packed
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, lora, packed, winograd
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.optimize import REWRITES, MergedUpsampling, is_optimized, optimize, restore
@@ -95,6 +95,41 @@ def test_merged_upsampling_equals_doubling_and_convolution(h, w):
     conv, x = nn.Conv2d(3, 5, 3, padding=1), randn(2, 3, h, w)
     doubled = conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
     assert relative_l2(MergedUpsampling(conv)(x), doubled) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("b, h, w", [(1, 1, 1), (2, 5, 3), (1, 8, 13), (3, 16, 4)])
+def test_winograd_equals_convolution(b, h, w):
+    for bias in (True, False):
+        conv, x = nn.Conv2d(6, 10, 3, padding=1, bias=bias), randn(b, 6, h, w)
+        out = winograd.convolve(x, winograd.transform_kernel(conv.weight), conv.bias)
+        assert relative_l2(out, conv(x)) <= 1e-5
+
+
+@needs_packing
+@torch.no_grad()
+def test_networks_with_winograd_give_the_same_and_come_back_to_the_bit(monkeypatch, tmp_path):
+    monkeypatch.setattr(winograd, "NARROWEST", 16)
+    monkeypatch.setattr(winograd, "FEWEST_TILES", 4)
+    for kind in ("unet", "movq"):
+        make, output = NETWORKS[kind]
+        network, calls = make(0), []
+        plain = output(network)
+        assert optimize(network)["winograd"] > 4
+        with monkeypatch.context() as patch:
+            convolve = winograd.convolve
+            patch.setattr(winograd, "convolve", lambda *args: calls.append(1) or convolve(*args))
+            assert relative_l2(output(network), plain) <= 1e-5 and len(calls) > 4
+        network.to(torch.float32)
+        assert any(isinstance(layer, winograd.WinogradConv2d) for layer in network.modules())
+        network.save_pretrained(tmp_path / kind)
+        assert torch.equal(output(type(network).from_pretrained(tmp_path / kind)), plain)
+        network.to(torch.bfloat16)
+        assert not any(isinstance(layer, winograd.WinogradConv2d) for layer in network.modules())
+        network = make(0)
+        optimize(network)
+        restore(network)
+        assert torch.equal(output(network), plain)
 
 
 @needs_packing
