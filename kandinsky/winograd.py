@@ -55,7 +55,7 @@ def transform_kernel(weight: Tensor) -> Tensor:
 
 
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3×3 convolution with padding 1; kernel: from `transform_kernel`. (b, c_in, h, w) -> (b, c_out, h, w)"""
+    """With padding 1; kernel: from `transform_kernel`. (b, c_in, h, w) -> (b, c_out, h, w)"""
     b, c, h, w = x.shape
     rows, columns = -(-h // 4), -(-w // 4)
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * columns - w + 1, 1, 4 * rows - h + 1))
