@@ -73,6 +73,9 @@ def add_model_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps …")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--low-memory", action="store_true", help="free each network after use")
+    parser.add_argument(
+        "--optimize", action="store_true", help="rewrite the networks to run faster; worth it for large ones"
+    )
     lora_help = "LoRA file or folder, for prior or decoder by its keys; may be given several times"
     parser.add_argument("--lora", type=Path, action="append", metavar="FILE", help=lora_help)
     parser.add_argument("--lora-scale", type=float, default=1.0, help="strength of every --lora")

@@ -34,6 +34,7 @@ def parse(parser: cli.OneLineParser, task: str, argv: Sequence[str] | None) -> t
     if settings["task"] != task:
         parser.error(f"{args.from_png} was made by {settings['task']}.py, which repeats it")
     args.dtype, args.lora_scale = settings["dtype"], settings["lora_scale"]
+    args.optimize = settings["optimisation"] == "exact"
     if "device" not in cli.given(parser, argv):
         args.device = settings["device"]
     return args, settings
@@ -110,6 +111,8 @@ def draw(
         _compare(settings, pipe, files)
     for path in args.lora or []:
         pipe.load_lora(path, args.lora_scale)
+    if args.optimize:
+        pipe.optimize()
     with _threads(settings):
         pictures = run(pipe, call, inputs)
         return _write(pictures, args, pipe, task, call | {"seed": pipe.seeds}, files, settings)

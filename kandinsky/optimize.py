@@ -270,7 +270,7 @@ NETWORKS = ("text_encoder", "prior", "unet", "movq")
 
 def optimize_pipeline(pipe: Any) -> dict[str, dict[str, int]]:
     """`Kandinsky.optimize`: every network, now where it is in memory and each time that it is read."""
-    changed = {}
+    changed, pipe.is_optimized = {}, True
     for name in NETWORKS:
         changes = pipe.changes.setdefault(name, [])
         if optimize not in changes:
@@ -282,6 +282,7 @@ def optimize_pipeline(pipe: Any) -> dict[str, dict[str, int]]:
 
 def restore_pipeline(pipe: Any) -> None:
     """`Kandinsky.restore`"""
+    pipe.is_optimized = False
     for name in NETWORKS:
         if optimize in pipe.changes.get(name, []):
             pipe.changes[name].remove(optimize)

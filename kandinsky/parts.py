@@ -72,7 +72,7 @@ class Parts:
         text_encoder, prior, image_encoder, unet, movq: networks, read when first used; assign to replace
         them. tokenizer, scheduler, prior_scheduler: likewise. prior_config, unet_config, movq_config: known
         before any weight is read. changes: by network, what is done to it each time that it is read; see
-        `change`.
+        `change`. is_optimized: whether `Kandinsky.optimize` is among them.
     """
 
     text_encoder = Part(CLIPTextEncoder, "prior")
@@ -118,7 +118,7 @@ class Parts:
         parts.prior_folder = prior or _sibling_prior(decoder)
         parts.device, parts.dtype = arguments.device(device), arguments.dtype(dtype)
         parts._loaded, parts._replaced, parts._constants = {}, set(), {}
-        parts.changes = {}
+        parts.changes, parts.is_optimized = {}, False
         folder = decoder / arguments.instance(scheduler, "scheduler", (str,))
         parts.scheduler = load_scheduler(folder, DECODER_SCHEDULERS)
         _ = parts.unet_config, parts.movq_config  # a folder that is no checkpoint is refused here

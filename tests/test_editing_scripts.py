@@ -186,11 +186,17 @@ def test_every_flag_that_changes_a_picture_is_in_its_settings():
 
     named = {"num_images": "num_images_per_prompt", "steps": "num_inference_steps", "mask": "mask_image"}
     named |= {"prior_steps": "prior_num_inference_steps", "no_keep_unmasked": "keep_unmasked"}
-    named |= {"mix_weights": "weights", "weights": "checkpoint", "prior": "checkpoint", "prompts": "prompt"}
+    named |= {
+        "optimize": "optimisation",
+        "mix_weights": "weights",
+        "weights": "checkpoint",
+        "prior": "checkpoint",
+        "prompts": "prompt",
+    }
     unchanging = {"help", "out", "overwrite", "no_metadata", "from_png", "low_memory", "animation"}
     for script in metadata.CALLS:
         known = metadata.CALLS[script].keys() | metadata.INPUTS | {"dtype", "device", "checkpoint"}
-        known |= {"lora_scale"}
+        known |= {"lora_scale", "optimisation"}
         flags = {action.dest for action in load(script).make_parser()._actions} - unchanging
         assert {named.get(flag, flag) for flag in flags} <= known, script
 
@@ -211,6 +217,17 @@ def test_a_lora_is_given_again_and_repeats_with_its_scale(decoder_folder, files,
     assert (files / "a.png").read_bytes() == (files / "b.png").read_bytes()
     assert run("text2img", "--from-png", files / "a.png", *given[:2], "--out", files / "c.png") == 2
     assert "was made from --lora (mine.safetensors); give the same again" in capsys.readouterr().err
+
+
+def test_an_optimized_picture_is_made_again_optimized(decoder_folder, files, capsys):
+    given = ["--weights", decoder_folder]
+    size = ["--height", "16", "--width", "16", "--seed", "1", *QUICK]
+    assert run("text2img", "cat", *given, *size, "--optimize", "--out", files / "fast.png") == 0
+    assert metadata.read(files / "fast.png")["optimisation"] == "exact"
+    assert run("text2img", "--from-png", files / "fast.png", *given, "--out", files / "again.png") == 0
+    assert (files / "fast.png").read_bytes() == (files / "again.png").read_bytes()
+    assert run("text2img", "--from-png", files / "fast.png", *given, "--optimize") == 2
+    assert "takes no optimize beside it" in capsys.readouterr().err
 
 
 def test_a_call_is_repeated_on_as_many_threads():

@@ -24,6 +24,7 @@ from kandinsky.cli import WEIGHTS
 from kandinsky.config import HINT_UNET, INPAINT_UNET, MoVQConfig, PriorConfig, UNetConfig
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.movq import MoVQ
+from kandinsky.optimize import optimize
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 from tests.helpers import randn, randomize, relative_l2
@@ -111,6 +112,28 @@ def test_movq_matches_diffusers():
         print(f"movq 512 px, inputs × {scale}: encode {encode_error:.1e}, decode {decode_error:.1e}")
         assert encode_error <= 1e-5
         assert decode_error <= 3e-5  # diffusers' float32 lies 4e-6 to 1e-5 from its float64 here (DESIGN §5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", [UNet, Prior, MoVQ])
+def test_optimized_networks_give_the_same(network):
+    config = network.config_class()
+    with torch.device("meta"):
+        model = network(config)
+    randomize(model.to_empty(device="cpu"))
+    if network is UNet:  # 256 px: the coarse levels take the packed form, the fine ones Winograd's
+        call = lambda: model(randn(1, 4, 32, 32), torch.tensor([681]), randn(1, 1280, seed=1))  # noqa: E731
+    elif network is Prior:
+        text = (randn(1, 1280, seed=1), randn(1, 9, 1280, seed=2), torch.ones(1, 9, dtype=torch.bool))
+        call = lambda: model(randn(1, 1280), torch.tensor([681]), *text)  # noqa: E731
+    else:
+        call = lambda: model.decode(randn(1, 4, 32, 32))  # noqa: E731
+    plain = call()
+    changed = optimize(model)
+    error = relative_l2(call(), plain)
+    print(f"{network.__name__} optimized: {error:.1e}, {changed}")
+    assert changed["packed weights"] > 60
+    assert error <= (3e-5 if network is MoVQ else 1e-5)
 
 
 @torch.no_grad()

@@ -160,7 +160,7 @@ def test_help_explains_every_flag(capsys, script, more):
     flags = (
         """--negative-prompt --seed --num-images --steps --prior-steps --guidance-scale --height --width
         --prior-guidance-scale --out --overwrite --device --dtype --weights --prior --from-png --no-metadata
-        --low-memory""".split()
+        --low-memory --optimize""".split()
         + more.split()
     )
     shown = capsys.readouterr().out
@@ -171,8 +171,32 @@ def test_help_explains_every_flag(capsys, script, more):
 def test_the_benchmark_measures_imports(capsys):
     assert run("benchmark", "import", "--runs", "1", "--json") == 0
     seconds = json.loads(capsys.readouterr().out)
-    assert seconds.keys() == {"torch", "kandinsky", "diffusers"} and min(seconds.values()) > 0.05
+    assert seconds.keys() == {"torch", "kandinsky", "diffusers"}
+    assert all(len(runs) == 1 and runs[0] > 0.05 for runs in seconds.values())
     assert run("benchmark", "import", "--runs", "0") == 2
+
+
+def test_the_benchmark_measures_parts_beside_their_distance(capsys):
+    small = ["parts", "--size", "small", "--pixels", "32", "--runs", "3"]
+    assert run("benchmark", *small, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert list(results) == ["text_encoder", "prior", "unet", "movq"]
+    for part in results.values():
+        assert part["relative_l2"].pop("diffusers") == 0
+        assert part["relative_l2"].keys() == {"ours", "ours, optimized"}
+        assert all(distance <= 1e-5 for distance in part["relative_l2"].values())
+        assert all(len(runs) == 3 and min(runs) > 0 for runs in part["seconds"].values())
+    assert run("benchmark", *small, "--parts", "unet", "--dtype", "bfloat16") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        len([line for line in lines if re.search(r"\d s  \(.* × diffusers  .*e-\d\d from float32", line)])
+        == 3
+    )
+
+
+def test_the_benchmarks_table_shows_ratios_of_medians():
+    lines = load("benchmark").table({"theirs": [4.0, 1.0, 9.0], "ours": [2.0, 2.0, 90.0]}, "theirs")
+    assert lines[1].split() == "ours 2 s (2 to 90) 0.50 × theirs".split()
 
 
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
