@@ -72,6 +72,7 @@ def call_of(args: Namespace) -> dict[str, Any]:
         "num_images_per_prompt": args.num_images,
         "guidance_scale": args.guidance_scale,
         "num_inference_steps": args.steps,
+        "sampler": args.sampler,
         "prior_num_inference_steps": args.prior_steps,
         "prior_guidance_scale": args.prior_guidance_scale,
         "seed": args.seed,

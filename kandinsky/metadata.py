@@ -21,6 +21,7 @@ from kandinsky.images import MAX_PIXELS
 KEY = "kandinsky"
 MAX_LENGTH = 2**18
 INPUTS = {"image", "mask_image", "hint", "lora"}
+SAMPLERS = {"dpm++": "DPM++ 2M"}  # by the name that others know
 _BLOCK = 2**16
 
 Check = Callable[[Any], bool]
@@ -53,7 +54,8 @@ def describe(
         "optimisation": "exact" if pipe.is_optimized else None,
         "device": str(pipe.device),
         "threads": torch.get_num_threads(),
-        "sampler": type(pipe.scheduler).__name__.removesuffix("Scheduler"),
+        "sampler": SAMPLERS.get(call.get("sampler"))
+        or type(pipe.scheduler).__name__.removesuffix("Scheduler"),
         "versions": versions(),
     }
 
@@ -198,6 +200,7 @@ _COMMON = {
     "num_images_per_prompt": _whole(1, 1000),
     "guidance_scale": _number,
     "num_inference_steps": _STEPS,
+    "sampler": _one_of(None, *SAMPLERS),
     "prior_num_inference_steps": _STEPS,
     "prior_guidance_scale": _number,
     "seed": _many(_whole(0, 2**64 - 1)),
@@ -233,7 +236,7 @@ _FIELDS = {
     "optimisation": _one_of(None, "exact"),
     "device": _device,
     "threads": _whole(1, 1024),
-    "sampler": _one_of("DDPM", "DDIM"),
+    "sampler": _one_of("DDPM", "DDIM", *SAMPLERS.values()),
     "versions": lambda value: not _problem(value, {"kandinsky": _text(100), "torch": _text(100)}, ""),
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kandinsky.checkpoint import CheckpointError, open_safetensors, write_safetensors
 from kandinsky.prior import Prior, PriorCache
-from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, UnCLIPScheduler
+from kandinsky.schedulers import NoiseScheduler, UnCLIPScheduler
 from kandinsky.unet import UNet
 
 
@@ -109,7 +109,7 @@ def sample_prior(
 @torch.no_grad()
 def sample_latents(
     unet: UNet,
-    scheduler: DDPMScheduler | DDIMScheduler,
+    scheduler: NoiseScheduler,
     image_embeds: Tensor,
     x: Tensor,
     draw: Callable[[], Tensor],
@@ -128,19 +128,20 @@ def sample_latents(
     """
     num_uncond = len(image_embeds) - len(x)
     hint = None if hint is None else torch.cat([hint[:num_uncond], hint])
-    plan = unet.prepare(image_embeds, [t for t, _ in timesteps], hint)
+    plan, earlier = unet.prepare(image_embeds, [t for t, _ in timesteps], hint), None
     for index, (t, t_prev) in enumerate(timesteps):
         eps, variance = unet.step(torch.cat([x[:num_uncond], x]), plan, index).chunk(2, dim=1)
         eps = guide(eps, num_uncond, guidance_scale)
         noise = draw() if scheduler.draws_noise(t, t_prev) else None
-        x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:])
+        x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:], earlier)
+        earlier = (t, x0)
         yield Step(index, len(timesteps), t, x, x0)
 
 
 @torch.no_grad()
 def sample_inpainting(
     unet: UNet,
-    scheduler: DDPMScheduler | DDIMScheduler,
+    scheduler: NoiseScheduler,
     image_embeds: Tensor,
     x: Tensor,
     draw: Callable[[], Tensor],
@@ -158,14 +159,15 @@ def sample_inpainting(
     """
     num_uncond, start = len(image_embeds) - len(x), x
     known = torch.cat([z * keep, keep], dim=1)
-    plan = unet.prepare(image_embeds, [t for t, _ in timesteps])
+    plan, earlier = unet.prepare(image_embeds, [t for t, _ in timesteps]), None
     levels = [t for t, _ in timesteps[1:]]  # that the sample has after each step but the last
     for index, (t, t_prev) in enumerate(timesteps):
         rows = torch.cat([x, known], dim=1)
         eps, variance = unet.step(torch.cat([rows[:num_uncond], rows]), plan, index).chunk(2, dim=1)
         eps = guide(eps, num_uncond, guidance_scale)
         noise = draw() if scheduler.draws_noise(t, t_prev) else None
-        x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:])
+        x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:], earlier)
+        earlier = (t, x0)
         kept = scheduler.add_noise(z, start, levels[index]) if index < len(levels) else z
         x = keep * kept + (1 - keep) * x
         yield Step(index, len(timesteps), t, x, x0)

@@ -48,7 +48,7 @@ def call_of(args) -> dict:
 
 
 def decoder_call(call: dict) -> dict:
-    names = ("guidance_scale", "num_inference_steps", "height", "width")
+    names = ("guidance_scale", "num_inference_steps", "sampler", "height", "width")
     return {name: call[name] for name in names}
 
 

@@ -260,7 +260,12 @@ def saved(path, settings, key="kandinsky"):
 def settings(decoder_folder):
     pipe = Kandinsky.from_pretrained(decoder_folder)
     call = {"prompt": ["a cat"], "negative_prompt": None, "num_images_per_prompt": 1, "guidance_scale": 4.0}
-    call |= {"num_inference_steps": 1, "prior_num_inference_steps": 1, "prior_guidance_scale": 4.0}
+    call |= {
+        "num_inference_steps": 1,
+        "sampler": None,
+        "prior_num_inference_steps": 1,
+        "prior_guidance_scale": 4.0,
+    }
     call |= {"seed": [3], "height": 16, "width": 16}
     return metadata.describe(pipe, "text2img", call, 0, {}, 1.0)
 
