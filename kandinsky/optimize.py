@@ -124,7 +124,7 @@ class LowSpatialNorm(movq.SpatialNorm):
         return rearrange(torch.addcmul(shift, squares, scale), "b c h s w t -> b c (h s) (w t)")
 
 
-class _ChunkedAttention:
+class ChunkedAttention:
     def attend(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
         x = rearrange(x, "b c h w -> b (h w) c")
@@ -133,11 +133,11 @@ class _ChunkedAttention:
         return rearrange(self.to_out(torch.cat(chunks, dim=1)), "b (h w) c -> b c h w", h=h, w=w)
 
 
-class ChunkedEncoderAttention(_ChunkedAttention, movq.EncoderAttentionBlock):
+class ChunkedEncoderAttention(ChunkedAttention, movq.EncoderAttentionBlock):
     pass
 
 
-class ChunkedDecoderAttention(_ChunkedAttention, movq.DecoderAttentionBlock):
+class ChunkedDecoderAttention(ChunkedAttention, movq.DecoderAttentionBlock):
     pass
 
 

@@ -1,0 +1,212 @@
+"""Looking into a running network, and changing what passes through it, by the names its weights have.
+
+    with record(pipe.unet, "mid_block.*") as seen:  # seen["mid_block.attentions.0"]: a tensor for each call
+        pipe.text2img("a red cat")
+
+    with edit(pipe.unet, {"encoder_hid_proj": torch.zeros_like}):  # the decoder without its image tokens
+        pipe.text2img("a red cat")
+
+Built on PyTorch's own hooks, which are gone after the block, also after an exception. A run in which nothing
+is changed gives the same bits as one that is not looked at. In an optimized network too; but the convolution
+that a merged upsampling stands for is not called there, and MoVQ's attention has no map.
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky import encoders, movq, prior, unet
+from kandinsky.optimize import ChunkedAttention
+
+Change = Callable[[Any], Any]
+
+
+def module_names(model: nn.Module, pattern: str) -> list[str]:
+    """The submodules whose names match, in the order of the network; `*` stands for any part of a name.
+
+    Raises:
+        ValueError: none does; the message names the three nearest.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if found:
+        return found
+    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    raise ValueError(
+        f"{type(model).__name__} has no module called {pattern!r}; nearest are {', '.join(nearest)}"
+    )
+
+
+class Record(dict):
+    """Name of a module -> what it gave (or took) in each call, oldest first, on the CPU.
+
+    dropped: how many values the limit kept out.
+    """
+
+    dropped: int = 0
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    patterns: str | list[str],
+    inputs: bool = False,
+    keep: Callable[[Tensor], Any] | None = None,
+    limit: int = 2**28,
+) -> Iterator[Record]:
+    """Collects what modules compute while the block runs.
+
+    Args:
+        model: a network, or any part of one.
+        patterns: names of modules; `*` stands for any part.
+        inputs: their first arguments in place of their results.
+        keep: is done to each tensor, and its result kept; None: a copy on the CPU.
+        limit: bytes kept at most; what comes later is counted in `dropped`.
+
+    Raises:
+        ValueError: a pattern that no module matches; before anything runs.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    names = dict.fromkeys(name for pattern in patterns for name in module_names(model, pattern))
+    seen, used = Record({name: [] for name in names}), 0
+
+    def note(name: str, value: Any) -> None:
+        nonlocal used
+        value = _first_tensor(value)
+        if value is None:
+            return
+        size = value.numel() * value.element_size() if keep is None else 0
+        if used + size > limit:
+            seen.dropped += 1
+            return
+        used += size
+        seen[name].append(value.detach().to("cpu", copy=True) if keep is None else keep(value))
+
+    with _hooks() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            if inputs:
+                hooks.append(
+                    module.register_forward_pre_hook(lambda module, args, name=name: note(name, args))
+                )
+            else:
+                hooks.append(
+                    module.register_forward_hook(lambda module, args, out, name=name: note(name, out))
+                )
+        yield seen
+
+
+@contextmanager
+def edit(model: nn.Module, changes: Mapping[str, Change], inputs: bool = False) -> Iterator[None]:
+    """Changes what modules compute while the block runs.
+
+    Args:
+        changes: name of a module (`*` stands for any part) -> a function from its result, as the module gives
+            it, to another of the same form. Several for one module are done in their order.
+        inputs: the functions are from the tuple of its arguments to another.
+
+    Raises:
+        ValueError: a name that no module matches; before anything runs.
+    """
+    pairs = [(name, change) for pattern, change in changes.items() for name in module_names(model, pattern)]
+    with _hooks() as hooks:
+        for name, change in pairs:
+            module = model.get_submodule(name)
+            if inputs:
+                hooks.append(
+                    module.register_forward_pre_hook(lambda module, args, change=change: change(args))
+                )
+            else:
+                hooks.append(
+                    module.register_forward_hook(lambda module, args, out, change=change: change(out))
+                )
+        yield
+
+
+@contextmanager
+def _hooks() -> Iterator[list]:
+    hooks: list = []
+    try:
+        yield hooks
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """Of a module's result or arguments: the tensor itself, or the first within."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (tuple, list)):
+        return next((found for found in map(_first_tensor, value) if found is not None), None)
+    return None
+
+
+def attention_weights(q: Tensor, k: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+    """As `layers.attention` weighs values: (b, n, c), (b, m, c) -> (b, heads, n, m), rows sum to one"""
+    b, n, c = q.shape
+    q, k = (x.float().unflatten(2, (num_heads, -1)).transpose(1, 2) for x in (q, k))
+    scores = q @ k.mT / (c // num_heads) ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether it calls `layers.attention`: MoVQ's chunked form does not."""
+    return (hasattr(module, "to_q") or hasattr(module, "q_proj")) and not isinstance(module, ChunkedAttention)
+
+
+@contextmanager
+def attention_maps(model: nn.Module, patterns: str | list[str], limit: int = 2**28) -> Iterator[Record]:
+    """Collects where attention looks: for each matching module with an attention of its own, and each call,
+    (b, heads, n, m) float32 on the CPU, rows summing to one.
+
+    In the U-Net the first 32 of the m are the image tokens, the others the map's positions, row by row; the
+    2.2 decoder sees no words. In the prior n are the tokens of that call, the last the read-out.
+
+    Raises:
+        ValueError: a pattern that no attention module matches.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    names = dict.fromkeys(name for pattern in patterns for name in module_names(model, pattern))
+    names = [name for name in names if _attends(model.get_submodule(name))]
+    if not names:
+        what = "has an attention whose map can be seen"
+        raise ValueError(f"no module called {', '.join(patterns)} of {type(model).__name__} {what}")
+    seen, stack, used = Record({name: [] for name in names}), [], 0
+
+    def watch(original: Callable) -> Callable:
+        def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+            nonlocal used
+            if stack:
+                size = 4 * q.shape[0] * num_heads * q.shape[1] * k.shape[1]
+                if used + size > limit:
+                    seen.dropped += 1
+                else:
+                    used += size
+                    seen[stack[-1]].append(attention_weights(q, k, num_heads, mask).detach().cpu())
+            return original(q, k, v, num_heads, mask)
+
+        return attention
+
+    originals = [(module, module.attention) for module in (encoders, movq, prior, unet)]
+    with _hooks() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: stack.append(name)))
+            hooks.append(
+                module.register_forward_hook(lambda module, args, out: stack.pop() and None, always_call=True)
+            )
+        for module, original in originals:
+            module.attention = watch(original)
+        try:
+            yield seen
+        finally:
+            for module, original in originals:
+                module.attention = original
