@@ -1,0 +1,202 @@
+"""Shows a network's architecture as a tree: shapes, parameters, operations and outputs. Needs no weights.
+
+NAME is prior, unet, inpaint, hint, movq, text_encoder or image_encoder of the released 2.2; or give a folder:
+one network's, or a whole repository's.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kandinsky import MoVQ, Prior, UNet, cli, random_weights
+from kandinsky.checkpoint import read_json
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+
+NETWORKS = {
+    "prior": Prior,
+    "unet": UNet,
+    "inpaint": UNet,
+    "hint": UNet,
+    "movq": MoVQ,
+    "text_encoder": CLIPTextEncoder,
+    "image_encoder": CLIPImageEncoder,
+}
+
+
+@dataclass
+class Line:
+    """A module: what it holds with all that is in it, and what one call of the network makes of it."""
+
+    name: str
+    kind: str
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # of its own parameters
+    parameters: int = 0
+    flops: int = 0  # as torch's counter has them: a multiplication and an addition are two
+    output: list[int] | None = None  # the shape of its first result
+
+
+def parse_args(argv=None):
+    parser = cli.OneLineParser(__doc__)
+    parser.add_argument("what", metavar="NAME|FOLDER", help="see above")
+    parser.add_argument(
+        "--pixels", type=int, default=512, help="side of the picture, for operations and outputs"
+    )
+    parser.add_argument("--depth", type=int, help="levels of the tree; default: all")
+    parser.add_argument("--match", default="*", help="only modules whose name matches; * stands for any part")
+    parser.add_argument("--json", action="store_true", help="print JSON, a list of modules for each network")
+    args = parser.parse_args(argv)
+    if args.pixels < 1 or (args.depth is not None and args.depth < 0):
+        parser.error("--pixels is at least 1, --depth at least 0")
+    return args
+
+
+def networks_of(what: str) -> dict[str, nn.Module]:
+    """On the meta device: shapes without memory."""
+    if what in NETWORKS:
+        found = {what: (NETWORKS[what], getattr(random_weights.SIZES["released"], what))}
+    else:
+        folder = Path(what)
+        subfolders = [folder / name for name in NETWORKS if (folder / name / "config.json").exists()]
+        if not subfolders and not (folder / "config.json").exists():
+            raise ValueError(
+                f"{what} is neither a folder with a config.json nor one of {', '.join(NETWORKS)}"
+            )
+        found = {}
+        for place in subfolders or [folder]:
+            network = network_class(place)
+            found[place.name] = network, network.read_config(place)
+    with torch.device("meta"):
+        return {name: network(config) for name, (network, config) in found.items()}
+
+
+def network_class(folder: Path) -> type:
+    config = read_json(folder / "config.json")
+    named = {
+        "PriorTransformer": Prior,
+        "UNet2DConditionModel": UNet,
+        "VQModel": MoVQ,
+        "clip_text_model": CLIPTextEncoder,
+        "clip_vision_model": CLIPImageEncoder,
+    }
+    kind = config.get("_class_name") or config.get("model_type")
+    if kind not in named:
+        raise ValueError(f"{folder / 'config.json'} is of a {kind}; known are {', '.join(named)}")
+    return named[kind]
+
+
+def run(model: nn.Module, pixels: int) -> Any:
+    """One call of one row, on meta tensors."""
+    config, rand = model.config, lambda *shape: torch.empty(shape, device="meta")
+    t = torch.zeros(1, dtype=torch.long, device="meta")
+    if isinstance(model, Prior):
+        n, d = config.num_embeddings, config.embedding_dim
+        return model(rand(1, d), t, rand(1, d), rand(1, n, d), torch.ones(1, n, device="meta").bool())
+    if isinstance(model, UNet):
+        f = 8 if len(config.block_out_channels) == 4 else 2 ** (len(config.block_out_channels) - 1)
+        step = 2 ** (len(config.block_out_channels) - 1)
+        side = -(-pixels // (f * step)) * step
+        hint = rand(1, 3, 8 * side, 8 * side) if config.hint else None
+        channels = 4 if config.hint else config.in_channels
+        return model(rand(1, channels, side, side), t, rand(1, config.embedding_dim), hint)
+    if isinstance(model, MoVQ):
+        side = -(-pixels // config.downscale) * config.downscale
+        return model.decode(model.encode(rand(1, 3, side, side)))
+    if isinstance(model, CLIPTextEncoder):
+        return model(torch.zeros(1, config.max_positions, dtype=torch.long, device="meta"))
+    return model(rand(1, 3, config.image_size, config.image_size))
+
+
+@torch.no_grad()
+def inspect(model: nn.Module, pixels: int) -> list[Line]:
+    """Every module, the network itself first, in the order of its tree."""
+    lines = {
+        name: Line(
+            name,
+            type(module).__name__,
+            {n: list(p.shape) for n, p in module.named_parameters(recurse=False)},
+            sum(p.numel() for p in module.parameters()),
+        )
+        for name, module in model.named_modules()
+    }
+    counter, running, counted = FlopCounterMode(display=False), [""], 0
+
+    def settle() -> None:
+        """Gives what was computed since the last time to the innermost module that runs."""
+        nonlocal counted
+        lines[running[-1]].flops += counter.get_total_flops() - counted
+        counted = counter.get_total_flops()
+
+    def start(name: str) -> None:
+        settle()
+        running.append(name)
+
+    def end(name: str, out: Any) -> None:
+        settle()
+        running.pop()
+        while isinstance(out, (tuple, list)):
+            out = out[0]
+        lines[name].output = list(out.shape) if isinstance(out, Tensor) else None
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: start(name)))
+        hooks.append(module.register_forward_hook(lambda module, args, out, name=name: end(name, out)))
+    with counter:
+        run(model, pixels)
+        settle()
+    for hook in hooks:
+        hook.remove()
+    for name in reversed(lines):  # whoever calls a module, its work is that of the modules it lies in
+        if name:
+            lines[name.rpartition(".")[0]].flops += lines[name].flops
+    return list(lines.values())
+
+
+def shown(lines: list[Line], depth: int | None, match: str) -> list[Line]:
+    def level(line: Line) -> int:
+        return line.name.count(".") + 1 if line.name else 0
+
+    return [
+        line
+        for line in lines
+        if (depth is None or level(line) <= depth) and (fnmatchcase(line.name, match) or match == "*")
+    ]
+
+
+def as_text(line: Line) -> str:
+    indent = "  " * (line.name.count(".") + 1 if line.name else 0)
+    label = f"{indent}{line.name.rpartition('.')[2]} {line.kind}".rstrip()
+    shapes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in line.shapes.items())
+    output = "" if line.output is None else "→ " + "×".join(map(str, line.output))
+    return (
+        f"{label:<52} {line.parameters:>14,} {line.flops / 1e9:>10,.2f} GFLOP  {output:<20} {shapes}".rstrip()
+    )
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    results = {
+        name: shown(inspect(model, args.pixels), args.depth, args.match)
+        for name, model in networks_of(args.what).items()
+    }
+    if not any(results.values()):
+        raise ValueError(f"no module of {args.what} is called {args.match!r} within that depth")
+    if args.json:
+        print(json.dumps({name: [asdict(line) for line in lines] for name, lines in results.items()}))
+        return 0
+    for name, lines in results.items():
+        print(f"{name}: parameters, operations and outputs of one row at {args.pixels} px")
+        print("\n".join(map(as_text, lines)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
