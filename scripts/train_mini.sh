@@ -9,24 +9,29 @@ export PYTHONPATH="$here/.." OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 train() { script=$1; shift; "${PYTHON:-python}" "$here/$script.py" --bf16 "$@"; }
 
 # 1. The autoencoder, on the busier crops; then its decoding half alone, so that the latents stay as they are.
-train train_movq --out "$out/movq-crops" --steps 1400 --batch-size 48 --crop 32 --decay 0 --sample-every 200
+train train_movq --out "$out/movq-crops" --steps 2000 --batch-size 32 --crop 32 --decay 0.5 --sample-every 200
 train train_movq --out "$out/movq" --init "$out/movq-crops" --freeze-encoder --steps 1500 --batch-size 16 \
     --learning-rate 1e-3 --decay 0.6
 
 # 2. The embeddings: a convolutional teacher, then the text tower on its embeddings.
-train train_clip --stage teacher --out "$out/clip" --steps 3300 --decay 0.5 --learning-rate 1.5e-3 \
+train train_clip --stage teacher --out "$out/clip" --steps 5200 --decay 0.5 --learning-rate 1.5e-3 \
     --picture-weight 20
-train train_clip --stage text --out "$out/clip" --steps 500 --decay 0.5 --learning-rate 2e-3 --warmup 50
+train train_clip --stage text --out "$out/clip" --steps 900 --decay 0.5 --learning-rate 2e-3 --warmup 50
 
 # 3. Prior and decoder, from the teacher's embeddings.
-train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 30000 --steps 3000 --decay 0.8 \
-    --learning-rate 1.5e-3
-train train_decoder --clip "$out/clip" --movq "$out/movq-crops" --out "$out/mini-decoder" --count 30000 \
-    --steps 5000 --decay 0.5 --embedding-noise 0.1
+train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 60000 --steps 10000 --decay 0.5 \
+    --learning-rate 1.2e-3
+train train_decoder --clip "$out/clip" --movq "$out/movq-crops" --out "$out/mini-decoder" --count 60000 \
+    --steps 15000 --decay 0.5 --embedding-noise 0.15 --learning-rate 1.2e-3
 
 # 4. The image tower learns the teacher's embeddings.
-train train_clip --stage image --out "$out/clip" --steps 3000 --decay 0.5
+train train_clip --stage image --out "$out/clip" --steps 5000 --decay 0.5
 
 # 5. No further step: puts the finished tower and the finished autoencoder into the two repositories.
-train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 30000 --steps 3000
-train train_decoder --clip "$out/clip" --movq "$out/movq" --out "$out/mini-decoder" --count 30000 --steps 5000
+train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 60000 --steps 10000
+train train_decoder --clip "$out/clip" --movq "$out/movq" --out "$out/mini-decoder" --count 60000 --steps 15000
+
+# 6. The same decoder for inpainting and for depth hints.
+start="--clip $out/clip --movq $out/movq --init $out/mini-decoder --steps 3000 --embedding-noise 0.15"
+train train_decoder $start --task inpaint --out "$out/mini-decoder-inpaint" --count 60000
+train train_decoder $start --task hint --out "$out/mini-controlnet-depth" --count 20000
