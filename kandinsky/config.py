@@ -155,9 +155,12 @@ class UNetConfig:
     layers_per_block: int = 3
     head_dim: int = _named(64, "attention_head_dim")
     context_dim: int = _named(768, "cross_attention_dim")  # width of the image-prompt tokens
-    embedding_dim: int = _named(1280, "encoder_hid_dim")  # width of the CLIP image embedding
+    embedding_dim: int = _named(1280, "encoder_hid_dim")  # of the image embedding; 2.1: of the text states
     norm_num_groups: int = 32
-    hint: bool = _named(False, "addition_embed_type", {"image": False, "image_hint": True})
+    hint: bool = _named(
+        False, "addition_embed_type", {"image": False, "image_hint": True, "text_image": False}
+    )
+    text: bool = _named(False, "encoder_hid_dim_type", {"image_proj": False, "text_image_proj": True})  # 2.1
     sample_size: int = _named(64, "sample_size", optional=True)  # latent height and width it was made for
 
     def __post_init__(self) -> None:
@@ -166,6 +169,13 @@ class UNetConfig:
             raise ValueError(
                 f"{odd[0]} channels do not divide into heads of {self.head_dim} (attention_head_dim)"
             )
+        if self.hint and self.text:
+            raise ValueError("a hint network and text conditioning do not go together")
+
+    @property
+    def image_dim(self) -> int:
+        """Width of the CLIP image embedding, in 2.1 also of the pooled text: there the context's own."""
+        return self.context_dim if self.text else self.embedding_dim
 
     @property
     def latent_channels(self) -> int:
@@ -178,10 +188,10 @@ class UNetConfig:
         return {
             "_class_name": "UNet2DConditionModel",
             **_own_fields(self),
+            **({"addition_embed_type": "text_image"} if self.text else {}),
             "down_block_types": down,
             "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
             "up_block_types": up,
-            "encoder_hid_dim_type": "image_proj",
             "act_fn": "silu",
             "addition_embed_type_num_heads": 64,
             "center_input_sample": False,
@@ -214,6 +224,8 @@ class UNetConfig:
 
 
 INPAINT_UNET = UNetConfig(in_channels=9)  # + masked image latents (4) and the mask (1)
+TEXT_UNET = UNetConfig(embedding_dim=1024, text=True)  # 2.1: the prompt's own features beside the picture's
+TEXT_INPAINT_UNET = UNetConfig(in_channels=9, embedding_dim=1024, text=True)
 HINT_UNET = UNetConfig(in_channels=8, hint=True)  # + features of the depth map (4)
 
 

@@ -287,7 +287,7 @@ class Embedding(Parts):
     def _pictures_or_rows(self, value: Any, name: str) -> list[Tensor]:
         """One or several pictures as (3, h, w), or embeddings as (1, d)."""
         if isinstance(value, Tensor) and value.ndim in (1, 2):
-            rows = arguments.embeddings(torch.atleast_2d(value), self.unet_config.embedding_dim, name)
+            rows = arguments.embeddings(torch.atleast_2d(value), self.unet_config.image_dim, name)
             return list(rows.split(1))
         return images.pictures(value, name)
 

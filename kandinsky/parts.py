@@ -244,7 +244,7 @@ class Parts:
         if list(file.keys()) != ["zero_image_embeds"]:
             raise CheckpointError(f"{path} does not hold zero_image_embeds alone")
         embeds = file.get_tensor("zero_image_embeds")
-        return arguments.embeddings(embeds, self.unet_config.embedding_dim, str(path))
+        return arguments.embeddings(embeds, self.unet_config.image_dim, str(path))
 
 
 @torch.no_grad()

@@ -83,6 +83,8 @@ class Requests(Embedding):
 
     def _check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder
+        if config.text:  # its U-Net stands alone; its text tower is not written yet
+            raise CheckpointError(f"{name} is a 2.1 decoder, which cannot be drawn with yet; use a 2.2 one")
         inpaints = config.in_channels > config.latent_channels and not config.hint
         if inpaints != (task == "inpaint"):
             own = "for inpainting" if inpaints else "not for inpainting"
@@ -103,8 +105,8 @@ class Requests(Embedding):
             if prompt is None:
                 raise ValueError("give a prompt, or embeds=ImageEmbeds(…) made by embed()")
             texts, dim = arguments.prompts(prompt), self.prior_config.embedding_dim
-            if dim != self.unet_config.embedding_dim:
-                needed = f"{self.decoder_folder} needs {self.unet_config.embedding_dim}"
+            if dim != self.unet_config.image_dim:
+                needed = f"{self.decoder_folder} needs {self.unet_config.image_dim}"
                 raise CheckpointError(f"the prior makes embeddings of width {dim}; {needed}")
             return texts, len(texts)
         if prompt is not None or negative_prompt is not None:
@@ -112,7 +114,7 @@ class Requests(Embedding):
         if not isinstance(embeds, ImageEmbeds):
             given = f"embeds is a {type(embeds).__name__}"
             raise TypeError(f"{given}; ImageEmbeds(image_embeds, negative_image_embeds) is needed")
-        dim = self.unet_config.embedding_dim
+        dim = self.unet_config.image_dim
         count = len(arguments.embeddings(embeds.image_embeds, dim, "embeds.image_embeds"))
         if embeds.negative_image_embeds is not None:
             name = "embeds.negative_image_embeds"

@@ -7,9 +7,10 @@
                      each AttentionBlock: further keys and values ←────────────────────────────────────────┘
 
 The network of ADM (arXiv:2105.05233) with text replaced by a picture. The first four output channels are the
-noise, the last four its variance. Two variants differ at the entrance only: inpainting reads 9 channels
-(noisy latents, masked picture's latents, mask), and the hint form adds the features of a depth map, made by
-`add_embedding.input_hint_block`.
+noise, the last four its variance. The variants differ at the entrance only: inpainting reads 9 channels
+(noisy latents, masked picture's latents, mask); the hint form adds the features of a depth map, made by
+`add_embedding.input_hint_block`; 2.1 reads the prompt too, as 10 image tokens and then one per text token,
+and as the pooled text in temb.
 
 What the timestep and the image embedding give to each block does not depend on the noise. `Conditioning`
 holds it by module, so the walk through the blocks (`denoise`) is written once: `forward` makes it for one
@@ -28,7 +29,7 @@ from kandinsky.checkpoint import Pretrained
 from kandinsky.config import UNetConfig
 from kandinsky.layers import TimestepMLP, attention
 
-NUM_IMAGE_TOKENS = 32
+NUM_IMAGE_TOKENS, NUM_IMAGE_TOKENS_BESIDE_TEXT = 32, 10
 
 # scale and shift of a ResnetBlock; keys and values of an AttentionBlock
 Conditioning = dict[nn.Module, tuple[Tensor, Tensor]]
@@ -208,6 +209,35 @@ class ImageTimeEmbedding(nn.Module):
         return self.image_norm(self.image_proj(image_embeds))
 
 
+class TextImageTokens(nn.Module):
+    """2.1: the image embedding as 10 tokens, without a norm, then the text states."""
+
+    def __init__(self, text_dim: int, context_dim: int):
+        super().__init__()
+        self.image_embeds = nn.Linear(context_dim, NUM_IMAGE_TOKENS_BESIDE_TEXT * context_dim)
+        self.text_proj = nn.Linear(text_dim, context_dim)
+
+    def forward(self, image_embeds: Tensor, text_states: Tensor) -> Tensor:
+        """(b, d) and (b, n, text_dim) -> (b, 10 + n, context_dim)"""
+        tokens = self.image_embeds(image_embeds)
+        tokens = rearrange(tokens, "b (n d) -> b n d", n=NUM_IMAGE_TOKENS_BESIDE_TEXT)
+        return torch.cat([tokens, self.text_proj(text_states)], dim=1)
+
+
+class TextImageTimeEmbedding(nn.Module):
+    """2.1: what the image embedding and the pooled text add to the timestep embedding."""
+
+    def __init__(self, embedding_dim: int, temb_dim: int):
+        super().__init__()
+        self.text_proj = nn.Linear(embedding_dim, temb_dim)
+        self.text_norm = nn.LayerNorm(temb_dim)
+        self.image_proj = nn.Linear(embedding_dim, temb_dim)
+
+    def forward(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """(b, d) twice -> (b, temb_dim)"""
+        return self.image_proj(image_embeds) + self.text_norm(self.text_proj(text_embeds))
+
+
 def hint_network() -> nn.Sequential:
     """(b, 3, 8h, 8w) -> (b, 4, h, w): eight convolutions with SiLU between them, as in ControlNet."""
     channels, strides = (3, 16, 16, 32, 32, 96, 96, 256, 4), (1, 1, 2, 1, 2, 1, 2, 1)
@@ -242,8 +272,12 @@ class UNet(nn.Module, Pretrained):
         self.config = config
         channels, temb_dim = config.block_out_channels, 4 * config.block_out_channels[0]
         self.time_embedding = TimestepMLP(channels[0], temb_dim)
-        self.add_embedding = ImageTimeEmbedding(config.embedding_dim, temb_dim, config.hint)
-        self.encoder_hid_proj = ImageTokens(config.embedding_dim, config.context_dim)
+        if config.text:
+            self.add_embedding = TextImageTimeEmbedding(config.image_dim, temb_dim)
+            self.encoder_hid_proj = TextImageTokens(config.embedding_dim, config.context_dim)
+        else:
+            self.add_embedding = ImageTimeEmbedding(config.image_dim, temb_dim, config.hint)
+            self.encoder_hid_proj = ImageTokens(config.image_dim, config.context_dim)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
 
         skip_channels = [channels[0]]
@@ -264,7 +298,15 @@ class UNet(nn.Module, Pretrained):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, image_embeds: Tensor, hint: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        image_embeds: Tensor,
+        hint: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        text_states: Tensor | None = None,
+    ) -> Tensor:
         """One prediction.
 
         Args:
@@ -272,16 +314,16 @@ class UNet(nn.Module, Pretrained):
             t: (b,) timestep, 0 to 999.
             image_embeds: (b, d) CLIP image embeddings.
             hint: (b, 3, 8h, 8w) in [0, 1], for the hint form only.
+            text_embeds, text_states: (b, d) and (b, n, text_dim), for 2.1 only.
 
         Returns:
             (b, 8, h, w) float32: predicted noise, then the predicted variance in [-1, 1].
         """
-        self._check_condition(image_embeds, hint)
+        self._check_condition(image_embeds, hint, text_embeds, text_states)
         if t.shape != image_embeds.shape[:1]:
             raise ValueError(f"t is {tuple(t.shape)}, needs {tuple(image_embeds.shape[:1])}")
-        image_embeds = image_embeds.to(self.dtype)
-        temb = self.time_embedding(t) + self.add_embedding(image_embeds)
-        given = self._added(image_embeds) | self._modulations(temb)
+        condition, added = self._conditioned(image_embeds, text_embeds, text_states)
+        given = added | self._modulations(self.time_embedding(t) + condition)
         return self.denoise(x, given, self._hint_features(hint))
 
     def denoise(self, x: Tensor, given: Conditioning, hint_features: Tensor | None = None) -> Tensor:
@@ -300,21 +342,26 @@ class UNet(nn.Module, Pretrained):
         return self.conv_out(F.silu(self.conv_norm_out(x))).float()
 
     def prepare(
-        self, image_embeds: Tensor, timesteps: Sequence[int] | Tensor, hint: Tensor | None = None
+        self,
+        image_embeds: Tensor,
+        timesteps: Sequence[int] | Tensor,
+        hint: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        text_states: Tensor | None = None,
     ) -> Plan:
         """All that does not depend on the noise, for every step of a loop; other arguments as `forward`'s.
 
         timesteps: ints or a 1-D tensor, in the order in which `step` will name them by index.
         """
-        self._check_condition(image_embeds, hint)
+        self._check_condition(image_embeds, hint, text_embeds, text_states)
         timesteps = torch.as_tensor(timesteps, device=self.device)
         if timesteps.ndim != 1 or not len(timesteps):
             raise ValueError(
                 f"timesteps is {tuple(timesteps.shape)}, needs one dimension and at least one timestep"
             )
-        image_embeds = image_embeds.to(self.dtype)
-        temb = self.time_embedding(timesteps)[:, None] + self.add_embedding(image_embeds)  # (steps, b, d)
-        return Plan(temb, self._added(image_embeds), self._hint_features(hint))
+        condition, added = self._conditioned(image_embeds, text_embeds, text_states)
+        temb = self.time_embedding(timesteps)[:, None] + condition  # (steps, b, d)
+        return Plan(temb, added, self._hint_features(hint))
 
     def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
         """`forward` at the plan's index-th timestep, without what the plan holds. x: as `forward`'s"""
@@ -330,18 +377,40 @@ class UNet(nn.Module, Pretrained):
     def _modulations(self, temb: Tensor) -> Conditioning:
         return {block: block.modulation(temb) for block in self.modules() if isinstance(block, ResnetBlock)}
 
-    def _added(self, image_embeds: Tensor) -> Conditioning:
-        context = self.encoder_hid_proj(image_embeds)
+    def _conditioned(
+        self, image_embeds: Tensor, text_embeds: Tensor | None, text_states: Tensor | None
+    ) -> tuple[Tensor, Conditioning]:
+        """What the embeddings add to the timestep embedding, (b, temb_dim), and to attention."""
+        image_embeds = image_embeds.to(self.dtype)
+        pooled, states = ([] if t is None else [t.to(self.dtype)] for t in (text_embeds, text_states))
+        context = self.encoder_hid_proj(image_embeds, *states)
         blocks = (block for block in self.modules() if isinstance(block, AttentionBlock))
-        return {block: block.added_keys_values(context) for block in blocks}
+        added = {block: block.added_keys_values(context) for block in blocks}
+        return self.add_embedding(image_embeds, *pooled), added
 
     def _hint_features(self, hint: Tensor | None) -> Tensor | None:
         return None if hint is None else self.add_embedding.input_hint_block(hint.to(self.dtype))
 
-    def _check_condition(self, image_embeds: Tensor, hint: Tensor | None) -> None:
-        if image_embeds.ndim != 2 or image_embeds.shape[1] != self.config.embedding_dim:
+    def _check_condition(
+        self,
+        image_embeds: Tensor,
+        hint: Tensor | None,
+        text_embeds: Tensor | None,
+        text_states: Tensor | None,
+    ) -> None:
+        b, dim = len(image_embeds), self.config.image_dim
+        if image_embeds.ndim != 2 or image_embeds.shape[1] != dim:
+            raise ValueError(f"image_embeds is {tuple(image_embeds.shape)}, needs (b, {dim})")
+        if {text_embeds is not None, text_states is not None} != {self.config.text}:
+            needs = "needs text_embeds and text_states" if self.config.text else "takes no texts"
+            raise ValueError(f"this UNet {needs}")
+        if text_embeds is not None and text_embeds.shape != (b, dim):
+            raise ValueError(f"text_embeds is {tuple(text_embeds.shape)}, needs {(b, dim)}")
+        if text_states is not None and (
+            text_states.ndim != 3 or text_states.shape[::2] != (b, self.config.embedding_dim)
+        ):
             raise ValueError(
-                f"image_embeds is {tuple(image_embeds.shape)}, needs (b, {self.config.embedding_dim})"
+                f"text_states is {tuple(text_states.shape)}, needs ({b}, n, {self.config.embedding_dim})"
             )
         if (hint is not None) != self.config.hint:
             raise ValueError("this UNet needs a hint" if self.config.hint else "this UNet takes no hint")

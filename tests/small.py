@@ -27,6 +27,8 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": True, "ste
 def reference_unet(in_channels: int = 4, hint: bool = False, seed: int = 0, **sizes) -> UNet2DConditionModel:
     settings = {"block_out_channels": (32, 48, 64), "layers_per_block": 2, "attention_head_dim": 8}
     settings |= {"cross_attention_dim": 24, "norm_num_groups": 8, "sample_size": 8, **sizes}
+    settings = {"encoder_hid_dim": EMBEDDING_DIM, "encoder_hid_dim_type": "image_proj", **settings}
+    settings = {"addition_embed_type": "image_hint" if hint else "image", **settings}
     attended = len(settings["block_out_channels"]) - 1
     model = UNet2DConditionModel(
         in_channels=in_channels,
@@ -34,9 +36,6 @@ def reference_unet(in_channels: int = 4, hint: bool = False, seed: int = 0, **si
         down_block_types=["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * attended,
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=["SimpleCrossAttnUpBlock2D"] * attended + ["ResnetUpsampleBlock2D"],
-        encoder_hid_dim=EMBEDDING_DIM,
-        encoder_hid_dim_type="image_proj",
-        addition_embed_type="image_hint" if hint else "image",
         resnet_time_scale_shift="scale_shift",
         **settings,
     )
