@@ -1,7 +1,7 @@
 """Shows a network's architecture as a tree: shapes, parameters, operations and outputs. Needs no weights.
 
-NAME is prior, unet, inpaint, hint, movq, text_encoder or image_encoder of the released 2.2; or give a folder:
-one network's, or a whole repository's.
+NAME is prior, unet, inpaint, hint, movq, text_encoder or image_encoder of the released 2.2, or unet-2.1 or
+inpaint-2.1; or give a folder: one network's, or a whole repository's.
 """
 
 import json
@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky import MoVQ, Prior, UNet, cli, random_weights
 from kandinsky.checkpoint import read_json
+from kandinsky.config import TEXT_INPAINT_UNET, TEXT_UNET
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 
+RELEASED_2_1 = {"unet-2.1": TEXT_UNET, "inpaint-2.1": TEXT_INPAINT_UNET}
 NETWORKS = {
     "prior": Prior,
     "unet": UNet,
@@ -59,7 +61,9 @@ def parse_args(argv=None):
 
 def networks_of(what: str) -> dict[str, nn.Module]:
     """On the meta device: shapes without memory."""
-    if what in NETWORKS:
+    if what in RELEASED_2_1:
+        found = {what: (UNet, RELEASED_2_1[what])}
+    elif what in NETWORKS:
         found = {what: (NETWORKS[what], getattr(random_weights.SIZES["released"], what))}
     else:
         folder = Path(what)
@@ -104,7 +108,13 @@ def run(model: nn.Module, pixels: int) -> Any:
         side = -(-pixels // (f * step)) * step
         hint = rand(1, 3, 8 * side, 8 * side) if config.hint else None
         channels = 4 if config.hint else config.in_channels
-        return model(rand(1, channels, side, side), t, rand(1, config.embedding_dim), hint)
+        texts = {}
+        if config.text:
+            texts = {
+                "text_embeds": rand(1, config.image_dim),
+                "text_states": rand(1, 77, config.embedding_dim),
+            }
+        return model(rand(1, channels, side, side), t, rand(1, config.image_dim), hint, **texts)
     if isinstance(model, MoVQ):
         side = -(-pixels // config.downscale) * config.downscale
         return model.decode(model.encode(rand(1, 3, side, side)))

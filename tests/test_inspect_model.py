@@ -16,6 +16,8 @@ COUNTS = {  # parameters of the published files
     "unet": 1_253_057_288,
     "inpaint": 1_253_074_568,
     "hint": 1_253_429_212,
+    "unet-2.1": 1_228_661_768,
+    "inpaint-2.1": 1_228_679_048,
     "movq": 67_832_495,
     "text_encoder": 694_659_840,
     "image_encoder": 1_844_907_264,
