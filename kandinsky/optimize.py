@@ -4,8 +4,9 @@
     optimize(unet)       # one network
 
 A layer or block stays the same object at the same path, with the same hooks; only its class changes, to one
-whose forward computes the same from another order of the work. Saving, copying and LoRAs go on working. Each
-rewrite is exact up to the rounding of sums:
+whose forward computes the same from another order of the work. Saving, copying and LoRAs go on working. It is
+for drawing: gradients reach inputs and LoRAs, not the network's own weights, and only under `no_grad` do the
+fast forms run. Each rewrite is exact up to the rounding of sums:
 
     packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU)
     merged upsampling   doubling by nearest neighbour, then a 3×3 convolution: an output pixel sees 2×2 inputs
@@ -96,7 +97,7 @@ class MergedUpResnetBlock(_Merged, unet.ResnetBlock):
     """The U-Net's block that doubles the map."""
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
-        if wants_gradient(x):
+        if wants_gradient(x, self.conv1.weight):
             return super().forward(x, modulation)
         scale, shift = (m[:, :, None, None] for m in modulation)
         out = self.merged(F.silu(self.norm1(x)))
@@ -108,7 +109,7 @@ class MergedUpsample(_Merged, movq.Upsample):
     """MoVQ's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if wants_gradient(x) else self.merged(x)
+        return super().forward(x) if wants_gradient(x, self.conv.weight) else self.merged(x)
 
 
 class LowSpatialNorm(movq.SpatialNorm):

@@ -60,9 +60,9 @@ def packed_conv(
     return torch.ops.mkldnn._convolution_pointwise(x, packed.tensor, bias, *where)
 
 
-def wants_gradient(x: Tensor) -> bool:
-    """The packed operators have no backward pass."""
-    return torch.is_grad_enabled() and x.requires_grad
+def wants_gradient(x: Tensor, weight: Tensor) -> bool:
+    """The packed operators have no backward pass; where one may come, the plain ones run."""
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 class Packed:
@@ -93,7 +93,7 @@ class Packed:
 
 class PackedLinear(Packed, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if wants_gradient(x):
+        if wants_gradient(x, self.weight):
             return F.linear(x, self.packed.plain(), self.bias)
         bias = None if self.bias is None else self.bias.detach()
         return torch.ops.mkldnn._linear_pointwise(x, self.packed.tensor, bias, "none", [], "")
@@ -102,7 +102,7 @@ class PackedLinear(Packed, nn.Linear):
 class PackedConv2d(Packed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         where = (self.stride, self.padding, self.dilation)
-        if wants_gradient(x):
+        if wants_gradient(x, self.weight):
             return F.conv2d(x, self.packed.plain(), self.bias, *where)
         return packed_conv(x, self.packed, self.bias, *where)
 

@@ -73,7 +73,7 @@ class WinogradConv2d(PackedConv2d):
     """A packed convolution that is computed this way where the map is large enough."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if wants_gradient(x) or x.shape[0] * x.shape[2] * x.shape[3] < 16 * FEWEST_TILES:
+        if wants_gradient(x, self.weight) or x.shape[0] * x.shape[2] * x.shape[3] < 16 * FEWEST_TILES:
             return super().forward(x)
         return convolve(x, self.kernel, None if self.bias is None else self.bias.detach())
 

@@ -1,6 +1,9 @@
 """What `optimize` rewrites: the same numbers, undone to the bit, and nothing else stops working."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +230,20 @@ def test_gradients_pass_through_an_optimized_network():
     for movq, z in zip(movqs, latents):
         movq.decode(z).square().sum().backward()
     assert relative_l2(*(z.grad for z in latents)) <= 1e-4
+
+
+@needs_packing
+def test_a_backward_pass_without_gradients_of_inputs_does_not_crash():
+    """In a process of its own: packed layers in front of plain ones once ended it."""
+    code = (
+        "import torch; from tests import small; from kandinsky import UNet, optimize as o\n"
+        "unet = small.ours(UNet, small.reference_unet()); o.optimize(unet)\n"
+        "out = unet(torch.randn(1, 4, 8, 8), torch.tensor([20]), torch.randn(1, 32))\n"
+        "out.square().sum().backward(); print(unet.conv_norm_out.weight.grad.isfinite().all().item())"
+    )
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout == "True\n", done.stderr
 
 
 @needs_packing
