@@ -7,7 +7,7 @@ scalar there, so a step never waits for a GPU. A t_prev below zero is the clean 
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ from kandinsky.checkpoint import CheckpointError, read_json
 
 Timesteps = list[tuple[int, int]]  # (t, t_prev), most noise first
 Earlier = tuple[int, Tensor] | None  # timestep and predicted clean sample of the step before
+
+
+class Prediction(NamedTuple):
+    """What is known at t, from which a decoder's scheduler moves on."""
+
+    x0: Tensor  # the clean sample that eps stands for, kept in range
+    eps: Tensor
+    variance: Tensor | None
+    earlier: Earlier
 
 
 def linear_betas(num_train_steps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -61,7 +70,7 @@ class Scheduler:
 
 
 class NoiseScheduler(Scheduler):
-    """What the decoder's two share: a linear schedule, predicted noise, leading timesteps, clipping."""
+    """What the decoder's share: a linear schedule, predicted noise, leading timesteps, clipping, `step`."""
 
     # field of the file: (constructor argument, what diffusers takes when the file lacks it)
     FIELDS = {
@@ -101,6 +110,34 @@ class NoiseScheduler(Scheduler):
         if self.thresholding:
             return dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
         return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+
+    def step(
+        self,
+        eps: Tensor,
+        x: Tensor,
+        t: int,
+        t_prev: int,
+        noise: Tensor | None = None,
+        variance: Tensor | None = None,
+        earlier: Earlier = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            eps, x: (b, c, h, w) predicted noise, and the sample at t.
+            noise: like x; needed where `draws_noise`.
+            variance: like eps, in [-1, 1], the network's second half; used by DDPM's learned_range.
+            earlier: of the step before; used by DPM-Solver++.
+
+        Returns:
+            the sample at t_prev, and the clean sample as predicted.
+        """
+        x0 = self.predict_clean(eps, x, self.alphas_cumprod[t])
+        return self._move(Prediction(x0, eps, variance, earlier), x, t, t_prev, noise), x0
+
+    def _move(self, said: Prediction, x: Tensor, t: int, t_prev: int, noise: Tensor | None) -> Tensor:
+        """The sample at t_prev; arguments as `step`'s."""
+        raise NotImplementedError
 
     def _leading(self, num_steps: int) -> tuple[int, list[int]]:
         """Stride and evenly spaced timesteps, counted from the clean end and kept inside the table."""
@@ -145,39 +182,19 @@ class DDPMScheduler(NoiseScheduler):
     def draws_noise(self, t: int, t_prev: int) -> bool:
         return t > 0  # also in the last step, at a standard deviation of 1e-10
 
-    def step(
-        self,
-        eps: Tensor,
-        x: Tensor,
-        t: int,
-        t_prev: int,
-        noise: Tensor | None = None,
-        variance: Tensor | None = None,
-        earlier: Earlier = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One step (arXiv:2006.11239, eq. 7).
-
-        Args:
-            eps, x: (b, c, h, w) predicted noise, and the sample at t.
-            noise: like x; needed where `draws_noise`.
-            variance: like eps, in [-1, 1], the network's second half; used by learned_range.
-            earlier: unused; see `DPMSolverScheduler`.
-
-        Returns:
-            the sample at t_prev, and the clean sample as predicted.
-        """
+    def _move(self, said: Prediction, x: Tensor, t: int, t_prev: int, noise: Tensor | None) -> Tensor:
+        """arXiv:2006.11239, eq. 7"""
         alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
         alpha = alpha_bar / alpha_bar_prev
-        x0 = self.predict_clean(eps, x, alpha_bar)
-        mean = posterior_mean(x0, x, alpha, 1 - alpha, alpha_bar, alpha_bar_prev)
+        mean = posterior_mean(said.x0, x, alpha, 1 - alpha, alpha_bar, alpha_bar_prev)
         if not self.draws_noise(t, t_prev):
-            return mean, x0
+            return mean
         smallest = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)).clamp(min=1e-20)
         if self.predicts_variance:
             largest = (1 - alpha).clamp(min=1e-20)  # zero where t = t_prev, the first of 1000 steps
-            share = (variance + 1) / 2
-            return mean + (0.5 * (share * largest.log() + (1 - share) * smallest.log())).exp() * noise, x0
-        return mean + smallest**0.5 * noise, x0
+            share = (said.variance + 1) / 2
+            return mean + (0.5 * (share * largest.log() + (1 - share) * smallest.log())).exp() * noise
+        return mean + smallest**0.5 * noise
 
 
 class DDIMScheduler(NoiseScheduler):
@@ -203,20 +220,9 @@ class DDIMScheduler(NoiseScheduler):
     def draws_noise(self, t: int, t_prev: int) -> bool:
         return False
 
-    def step(
-        self,
-        eps: Tensor,
-        x: Tensor,
-        t: int,
-        t_prev: int,
-        noise: Tensor | None = None,
-        variance: Tensor | None = None,
-        earlier: Earlier = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One step; arguments and result as DDPM's; noise, variance and earlier unused."""
-        alpha_bar, alpha_bar_prev = self.alphas_cumprod[t], self.alpha_bar(t_prev)
-        x0 = self.predict_clean(eps, x, alpha_bar)
-        return alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev) ** 0.5 * eps, x0
+    def _move(self, said: Prediction, x: Tensor, t: int, t_prev: int, noise: Tensor | None) -> Tensor:
+        alpha_bar_prev = self.alpha_bar(t_prev)
+        return alpha_bar_prev**0.5 * said.x0 + (1 - alpha_bar_prev) ** 0.5 * said.eps
 
 
 class DPMSolverScheduler(NoiseScheduler):
@@ -238,41 +244,27 @@ class DPMSolverScheduler(NoiseScheduler):
         return cls(len(scheduler.betas), scheduler.beta_start, scheduler.beta_end)
 
     def timesteps(self, num_steps: int) -> Timesteps:
-        """Evenly spaced from the noisiest, 999, towards the clean sample."""
+        """Evenly spaced from the noisiest, 999, towards the clean sample; of 1000 only 999 differ."""
         self._check_num_steps(num_steps)
         stride = (self.num_train_steps - 1) / num_steps
-        ts = [round(stride * i) for i in range(num_steps, 0, -1)]
+        ts = list(dict.fromkeys(round(stride * i) for i in range(num_steps, 0, -1)))
         return list(zip(ts, [*ts[1:], -1]))
 
     def draws_noise(self, t: int, t_prev: int) -> bool:
         return False
 
-    def step(
-        self,
-        eps: Tensor,
-        x: Tensor,
-        t: int,
-        t_prev: int,
-        noise: Tensor | None = None,
-        variance: Tensor | None = None,
-        earlier: Earlier = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One step; arguments and result as DDPM's, noise and variance unused.
-
-        earlier: timestep and clean sample of the step before.
-        """
-        alpha_bar = self.alpha_bar(t)
-        x0 = self.predict_clean(eps, x, alpha_bar)
+    def _move(self, said: Prediction, x: Tensor, t: int, t_prev: int, noise: Tensor | None) -> Tensor:
         if t_prev < 0:
-            return x0, x0
-        signal, noise_level = self.alpha_bar(t_prev) ** 0.5, (1 - self.alpha_bar(t_prev)) ** 0.5
+            return said.x0
+        alpha_bar, alpha_bar_prev = self.alpha_bar(t), self.alpha_bar(t_prev)
         h = self._log_ratio(t_prev) - self._log_ratio(t)
-        slope = x0
-        if earlier is not None:
-            t_earlier, x0_earlier = earlier
+        slope = said.x0
+        if said.earlier is not None:
+            t_earlier, x0_earlier = said.earlier
             r = (self._log_ratio(t) - self._log_ratio(t_earlier)) / h
-            slope = x0 + (x0 - x0_earlier) / (2 * r)
-        return noise_level / (1 - alpha_bar) ** 0.5 * x - signal * torch.expm1(-h) * slope, x0
+            slope = said.x0 + (said.x0 - x0_earlier) / (2 * r)
+        of_x = ((1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5
+        return of_x * x - alpha_bar_prev**0.5 * torch.expm1(-h) * slope
 
     def _log_ratio(self, t: int) -> Tensor:
         """Half the logarithm of signal to noise, the solver's time."""
