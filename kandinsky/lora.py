@@ -23,7 +23,7 @@ from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.lora_files import Factors, listed, read_lora, write_lora
 from kandinsky.optimize import restored
-from kandinsky.packed import WITH_PACKED, PackedLinear
+from kandinsky.packed import PackedLinear
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 
@@ -164,8 +164,11 @@ def save_lora(network: nn.Module, path: str | Path) -> None:
 
 def remove_lora(network: nn.Module) -> None:
     """Takes every LoRA off a network; its weights were never touched."""
+    layers = _layers(network)
+    if not layers:
+        return
     with restored(network):
-        for layer in _layers(network).values():
+        for layer in layers.values():
             del layer.loras
             layer.__class__ = next(plain for plain, other in WITH_LORA.items() if other is type(layer))
 
@@ -202,7 +205,7 @@ class Attach:
             layer = layers.get(name)
             if not hasattr(layer, "weight"):
                 problems.append(f"this {type(network).__name__} has no layer {name}")
-            elif type(layer) not in (*WITH_LORA, *WITH_LORA.values(), *WITH_PACKED.values()):
+            elif not isinstance(layer, tuple(WITH_LORA)):
                 problems.append(f"{name} is a {type(layer).__name__}, which takes no LoRA")
             else:
                 needed = tuple(layer.weight.shape)

@@ -5,8 +5,8 @@
 
 A layer or block stays the same object at the same path, with the same hooks; only its class changes, to one
 whose forward computes the same from another order of the work. Saving, copying and LoRAs go on working. It is
-for drawing: gradients reach inputs and LoRAs, not the network's own weights, and only under `no_grad` do the
-fast forms run. Each rewrite is exact up to the rounding of sums:
+for drawing: only under `torch.no_grad` do the fast forms run, and gradients reach inputs and LoRAs, not the
+network's own weights. Each rewrite is exact up to the rounding of sums:
 
     packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU)
     merged upsampling   doubling by nearest neighbour, then a 3×3 convolution: an output pixel sees 2×2 inputs
@@ -27,12 +27,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kandinsky import movq, packed, unet, winograd
-from kandinsky.packed import Packed, PackedWeight, pack, pack_conv, packed_conv, wants_gradient
+from kandinsky.packed import (
+    Packed,
+    PackedWeight,
+    Placeholder,
+    Shared,
+    can_pack,
+    pack,
+    pack_conv,
+    packed_conv,
+    wants_gradient,
+)
 
 QUERIES = 1024  # rows of the attention matrix at a time
 
 
-class MergedUpsampling:
+class MergedUpsampling(Shared):
     """Nearest-neighbour doubling and the 3×3 convolution behind it, as one 2×2 convolution.
 
     Output pixel 2i + p reads rows i - 1 + p and i + p of the small map, p = 0 or 1: for p = 0 the first tap
@@ -48,8 +58,8 @@ class MergedUpsampling:
         self.weight = kernels.flatten(0, 2).to(conv.weight.dtype)
         self.bias = None if conv.bias is None else conv.bias.detach().repeat(4)
         self.packed: PackedWeight | None = None
-        if conv.weight.device.type == "cpu" and conv.weight.dtype in packed.PACKABLE and packed.available():
-            self.packed = pack_conv(self.weight, (1, 1), (1, 1), (1, 1), (2, conv.in_channels, 32, 32))
+        if can_pack(conv.weight):
+            self.packed = pack_conv(self.weight, (1, 1), (1, 1), (1, 1))
             self.weight = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -65,9 +75,6 @@ class MergedUpsampling:
             for q in (0, 1):
                 doubled[:, :, p::2, q::2] = parts[:, p, q, :, p : p + h, q : q + w]
         return doubled
-
-    def __deepcopy__(self, memo: dict) -> "MergedUpsampling":
-        return self  # never written to
 
 
 def _first_alone(taps: Tensor, dim: int) -> Tensor:
@@ -175,8 +182,6 @@ def chunk_attention(network: nn.Module) -> int:
 
 def pack_weights(network: nn.Module) -> int:
     """All linear and convolution weights but those that a merged upsampling stands for, and LoRA's layers."""
-    if not packed.available():
-        return 0
     merged = {id(_conv_of(block)) for block in network.modules() if type(block) in MERGED.values()}
     layers = [layer for layer in network.modules() if id(layer) not in merged]
     count = sum(pack(layer) for layer in layers)
@@ -200,7 +205,7 @@ def _conv_of(block: nn.Module) -> nn.Conv2d:
 def _leave_the_file(network: nn.Module) -> None:
     """Copies what was not packed: as long as one tensor is mapped from the weights' file, all of it is."""
     for parameter in network.parameters():
-        if not parameter.is_meta and parameter.stride() != (0,) * parameter.ndim:
+        if not parameter.is_meta and not isinstance(parameter, Placeholder):
             parameter.data = parameter.data.clone()
 
 
@@ -237,6 +242,7 @@ def optimize(network: nn.Module, rewrites: tuple[str, ...] = tuple(REWRITES)) ->
     unknown = [name for name in rewrites if name not in REWRITES]
     if unknown:
         raise ValueError(f"no rewrite is called {unknown[0]!r}; there are {', '.join(REWRITES)}")
+    network.rewrites = tuple(dict.fromkeys((*getattr(network, "rewrites", ()), *rewrites)))
     return {name: rewrite(network) for name, rewrite in REWRITES.items() if name in rewrites}
 
 
@@ -248,29 +254,31 @@ def restore(network: nn.Module) -> None:
         elif type(layer) in PLAIN:
             vars(layer).pop("merged", None)
             layer.__class__ = PLAIN[type(layer)]
+    vars(network).pop("rewrites", None)
 
 
 def is_optimized(network: nn.Module) -> bool:
+    """Whether any of its layers is."""
     return any(isinstance(layer, (Packed, *PLAIN)) for layer in network.modules())
 
 
 @contextmanager
 def restored(network: nn.Module) -> Iterator[None]:
-    """The plain network, for what changes its layers; optimized again afterwards, if it was."""
-    was_optimized = is_optimized(network)
+    """The plain network, for what changes its layers; optimized again in the same way afterwards."""
+    rewrites = getattr(network, "rewrites", ())
     restore(network)
     try:
         yield
     finally:
-        if was_optimized:
-            optimize(network)
+        if rewrites:
+            optimize(network, rewrites)
 
 
 NETWORKS = ("text_encoder", "prior", "unet", "movq")
 
 
 def optimize_pipeline(pipe: Any) -> dict[str, dict[str, int]]:
-    """`Kandinsky.optimize`: every network, now where it is in memory and each time that it is read."""
+    """`Kandinsky.optimize`: all but the image tower, now and each time that they are read."""
     changed, pipe.is_optimized = {}, True
     for name in NETWORKS:
         changes = pipe.changes.setdefault(name, [])

@@ -18,7 +18,12 @@ PACKABLE = (torch.float32, torch.bfloat16)  # oneDNN has no float16 kernels on m
 
 def available() -> bool:
     """Whether this PyTorch has the operators, and oneDNN."""
-    needed = ("_reorder_linear_weight", "_linear_pointwise", "_convolution_pointwise")
+    needed = (
+        "_reorder_linear_weight",
+        "_linear_pointwise",
+        "_convolution_pointwise",
+        "_is_mkldnn_bf16_supported",
+    )
     has_operators = all(hasattr(torch.ops.mkldnn, name) for name in needed)
     return (
         has_operators
@@ -27,8 +32,25 @@ def available() -> bool:
     )
 
 
-class PackedWeight:
-    """A weight in oneDNN's order. It is never written to, so copies of a layer share it."""
+def can_pack(weight: Tensor) -> bool:
+    """Whether this machine has kernels for a weight of this kind."""
+    if weight.device.type != "cpu" or weight.dtype not in PACKABLE or not available():
+        return False
+    return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Shared:
+    """What is derived from a weight and never written to, so that copies of a layer share it."""
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an optimized network cannot be pickled; kandinsky.optimize.restore(network) first")
+
+
+class PackedWeight(Shared):
+    """A weight in oneDNN's order."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -37,18 +59,21 @@ class PackedWeight:
         """To the last bit what was packed."""
         return self.tensor.to_dense()
 
-    def __deepcopy__(self, memo: dict) -> "PackedWeight":
-        return self
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a packed weight cannot be pickled; kandinsky.optimize.restore(network) first")
+class Placeholder(nn.Parameter):
+    """Stands where a packed weight was: its shape and dtype, and one number, NaN."""
+
+    def __new__(cls, weight: Tensor) -> "Placeholder":
+        nothing = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
+        return super().__new__(cls, nothing, weight.requires_grad)
+
+    def __deepcopy__(self, memo: dict) -> "Placeholder":
+        return memo.setdefault(id(self), Placeholder(self))
 
 
-def pack_conv(
-    weight: Tensor, stride: Any, padding: Any, dilation: Any, size: tuple[int, ...]
-) -> PackedWeight:
-    """weight: (c_out, c_in, k, k); size: (b, c_in, h, w), of an input that the order is chosen for."""
-    where = (list(padding), list(stride), list(dilation), 1, list(size))
+def pack_conv(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> PackedWeight:
+    """weight: (c_out, c_in, k, k), in the order that is best for a map of 32 × 32; others run too."""
+    where = (list(padding), list(stride), list(dilation), 1, [2, weight.shape[1], 32, 32])
     return PackedWeight(torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *where))
 
 
@@ -111,22 +136,17 @@ WITH_PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
 
 @torch.no_grad()
-def pack(layer: nn.Module, size: tuple[int, int] = (32, 32)) -> bool:
-    """Packs a plain Linear or Conv2d of one group on the CPU, in place; whether it was one.
-
-    size: height and width of the input that a convolution's order is chosen for; others run too.
-    """
-    weight = getattr(layer, "weight", None)
-    if type(layer) not in WITH_PACKED or weight.device.type != "cpu" or weight.dtype not in PACKABLE:
+def pack(layer: nn.Module) -> bool:
+    """Packs a plain Linear or Conv2d of one group on the CPU, in place; whether it was one."""
+    if type(layer) not in WITH_PACKED or not can_pack(layer.weight):
         return False
+    weight = layer.weight
     if type(layer) is nn.Conv2d:
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
-        input_size = (2, layer.in_channels, *size)
-        packed = pack_conv(weight, layer.stride, layer.padding, layer.dilation, input_size)
+        packed = pack_conv(weight, layer.stride, layer.padding, layer.dilation)
     else:
         packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()))
-    nothing = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
-    layer.weight = nn.Parameter(nothing, requires_grad=weight.requires_grad)
+    layer.weight = Placeholder(weight)
     layer.__class__, layer.packed = WITH_PACKED[type(layer)], packed
     return True

@@ -202,7 +202,9 @@ class Kandinsky(Requests):
         return self._finish(request, x, lambda pixels: masks.paste(pixels, original, share))
 
     def optimize(self) -> dict[str, dict[str, int]]:
-        """Makes every network faster, now or when it is read; the pictures change in the last bits only.
+        """Makes text tower, prior, UNet and MoVQ faster, now or when they are read from their files.
+
+        The pictures change in the last bits only. A network that you assign later stays as it is.
 
         Returns what was changed in the networks that are in memory: how many layers by each rewrite of
         `kandinsky.optimize`.

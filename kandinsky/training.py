@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kandinsky import images
 from kandinsky.checkpoint import CheckpointError, atomic_file, open_safetensors, write_safetensors
+from kandinsky.optimize import is_optimized
 
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 
@@ -162,6 +163,8 @@ class Trainer:
         device: str = "cpu",
         name: str = "training",
     ):
+        if is_optimized(objective):
+            raise ValueError("an optimized network is for drawing; kandinsky.optimize.restore(network) first")
         self.objective, self.settings = objective.to(device), settings
         self.output, self.folder = Path(folder), Path(folder) / name
         self.device, self.step = device, 0

@@ -14,11 +14,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky.packed import PackedConv2d, wants_gradient
+from kandinsky.packed import PackedConv2d, Shared, wants_gradient
 
 NARROWEST = 384  # input channels: with fewer, moving the tiles costs more than the multiplications saved
 WIDEST = 768  # output channels: wider layers have the largest weights and meet the smallest maps
 FEWEST_TILES = 32  # with fewer, reading the larger weight costs more than the multiplications saved
+MOST_TILES = 2048  # at a time: 113 MB of 384 channels
 
 _INPUT = [
     [4.0, 0, -5, 0, 1, 0],
@@ -54,19 +55,34 @@ def transform_kernel(weight: Tensor) -> Tensor:
     return (TO_KERNELS @ taps).float().unflatten(1, (weight.shape[1], weight.shape[0]))
 
 
+class Kernel(Shared):
+    """A convolution's weight, transformed."""
+
+    def __init__(self, weight: Tensor):
+        self.tensor = transform_kernel(weight)
+
+
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """With padding 1; kernel: from `transform_kernel`. (b, c_in, h, w) -> (b, c_out, h, w)"""
-    b, c, h, w = x.shape
+    b, _, h, w = x.shape
     rows, columns = -(-h // 4), -(-w // 4)
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * columns - w + 1, 1, 4 * rows - h + 1))
+    band = max(1, MOST_TILES // (b * columns))  # rows of tiles
+    bands = [_convolve_tiles(x[:, 4 * i : 4 * (i + band) + 2], kernel) for i in range(0, rows, band)]
+    out = bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
+    out = out[:, :h, :w]
+    return (out if bias is None else out + bias).permute(0, 3, 1, 2)
+
+
+def _convolve_tiles(x: Tensor, kernel: Tensor) -> Tensor:
+    """(b, 4·rows + 2, 4·columns + 2, c_in) -> (b, 4·rows, 4·columns, c_out)"""
+    b, h, w, c = x.shape
     tiles = x.unfold(1, 6, 4).unfold(2, 6, 4)  # (b, rows, columns, c, 6, 6)
     tiles = rearrange(tiles, "b y x c i j -> (i j) (b y x c)")
     tiles = (TO_TILES.float() @ tiles).unflatten(1, (-1, c))
     products = torch.bmm(tiles, kernel).flatten(1)
     out = TO_OUTPUTS.float() @ products  # (16, tiles · c_out)
-    sizes = {"i": 4, "b": b, "y": rows, "x": columns}
-    out = rearrange(out, "(i j) (b y x o) -> b (y i) (x j) o", **sizes)[:, :h, :w]
-    return (out if bias is None else out + bias).permute(0, 3, 1, 2)
+    return rearrange(out, "(i j) (b y x o) -> b (y i) (x j) o", i=4, b=b, y=h // 4, x=w // 4)
 
 
 class WinogradConv2d(PackedConv2d):
@@ -75,7 +91,7 @@ class WinogradConv2d(PackedConv2d):
     def forward(self, x: Tensor) -> Tensor:
         if wants_gradient(x, self.weight) or x.shape[0] * x.shape[2] * x.shape[3] < 16 * FEWEST_TILES:
             return super().forward(x)
-        return convolve(x, self.kernel, None if self.bias is None else self.bias.detach())
+        return convolve(x, self.kernel.tensor, None if self.bias is None else self.bias.detach())
 
     def unpack(self) -> None:
         del self.kernel
@@ -102,4 +118,4 @@ def fits(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def use(layer: PackedConv2d) -> None:
-    layer.kernel, layer.__class__ = transform_kernel(layer.packed.plain()), WinogradConv2d
+    layer.kernel, layer.__class__ = Kernel(layer.packed.plain()), WinogradConv2d

@@ -12,7 +12,14 @@ from torch import nn
 from kandinsky import Kandinsky, MoVQ, Prior, UNet, lora, packed, winograd
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.encoders import CLIPTextEncoder
-from kandinsky.optimize import REWRITES, MergedUpsampling, is_optimized, optimize, restore
+from kandinsky.optimize import (
+    REWRITES,
+    MergedUpResnetBlock,
+    MergedUpsampling,
+    is_optimized,
+    optimize,
+    restore,
+)
 from tests import small
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours
@@ -63,7 +70,6 @@ def test_optimized_networks_give_the_same_and_come_back_to_the_bit(kind):
         plain, weights = output(network), copy.deepcopy(network.state_dict())
         changed = optimize(network)
         assert {name for name, count in changed.items() if count} == CHANGES[kind]
-        assert 0 < relative_l2(output(network), plain) <= 1e-5 or kind in ("prior", "text encoder")
         assert relative_l2(output(network), plain) <= 1e-5
         assert is_optimized(network) and not any(optimize(network).values())  # a second time changes nothing
         restore(network)
@@ -109,6 +115,16 @@ def test_winograd_equals_convolution(b, h, w):
         assert relative_l2(out, conv(x)) <= 1e-5
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("most_tiles", [1, 5, 12])
+def test_winograd_in_bands_equals_all_at_once(monkeypatch, most_tiles):
+    conv, x = nn.Conv2d(6, 10, 3, padding=1), randn(2, 6, 18, 9)
+    whole = winograd.convolve(x, winograd.transform_kernel(conv.weight), conv.bias)
+    monkeypatch.setattr(winograd, "MOST_TILES", most_tiles)
+    bands = winograd.convolve(x, winograd.transform_kernel(conv.weight), conv.bias)
+    assert bands.shape == whole.shape and relative_l2(bands, whole) <= 1e-6
+
+
 @needs_packing
 @torch.no_grad()
 def test_networks_with_winograd_give_the_same_and_come_back_to_the_bit(monkeypatch, tmp_path):
@@ -149,10 +165,13 @@ def test_half_precision_packs_and_lies_no_further_from_float32():
 
 @torch.no_grad()
 def test_float16_is_not_packed_and_runs():
-    network = ours(UNet, small.reference_unet()).half()
-    plain = unet_output(network)
+    exact, network = (
+        unet_output(ours(UNet, small.reference_unet())),
+        ours(UNet, small.reference_unet()).half(),
+    )
+    plain = relative_l2(unet_output(network), exact)
     assert optimize(network)["packed weights"] == 0
-    assert relative_l2(unet_output(network), plain) <= 1e-2
+    assert relative_l2(unet_output(network), exact) <= 1.3 * plain
 
 
 @needs_packing
@@ -206,11 +225,42 @@ def test_plain_weights_do_not_stay_in_memory():
     """A packed layer's own weight is one number, seen in its old shape; reading it by mistake gives NaN."""
     network = ours(Prior, small.reference_prior())
     optimize(network)
-    layers = [layer for layer in network.modules() if isinstance(layer, packed.PackedLinear)]
-    assert len(layers) == sum(type(m) is nn.Linear for m in ours(Prior, small.reference_prior()).modules())
-    for layer in layers:
-        assert layer.weight.untyped_storage().nbytes() == 4 and layer.weight.isnan().all()
-        assert layer.weight.shape == (layer.out_features, layer.in_features)
+    for copied in (network, copy.deepcopy(network)):
+        layers = [layer for layer in copied.modules() if isinstance(layer, packed.PackedLinear)]
+        assert len(layers) == sum(
+            type(m) is nn.Linear for m in ours(Prior, small.reference_prior()).modules()
+        )
+        for layer in layers:
+            assert layer.weight.untyped_storage().nbytes() == 4 and layer.weight.isnan().all()
+            assert layer.weight.shape == (layer.out_features, layer.in_features)
+
+
+@needs_packing
+@torch.no_grad()
+def test_copies_share_what_is_derived_from_weights(monkeypatch):
+    monkeypatch.setattr(winograd, "NARROWEST", 16)
+    network = ours(UNet, small.reference_unet())
+    optimize(network)
+    pairs = list(zip(network.modules(), copy.deepcopy(network).modules()))
+    for kind, name in ((packed.Packed, "packed"), (winograd.WinogradConv2d, "kernel")):
+        found = [pair for pair in pairs if isinstance(pair[0], kind)]
+        assert found and all(getattr(a, name) is getattr(b, name) for a, b in found)
+
+
+def test_an_optimized_network_is_not_trained(tmp_path):
+    from kandinsky.training import Settings, Trainer
+
+    network = ours(UNet, small.reference_unet())
+    optimize(network)
+    with pytest.raises(ValueError, match="restore"):
+        Trainer(network, Settings(), tmp_path)
+
+
+@needs_packing
+def test_bfloat16_is_packed_only_where_the_processor_has_kernels(monkeypatch):
+    weight = randn(4, 4)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    assert packed.can_pack(weight) and not packed.can_pack(weight.bfloat16())
 
 
 @needs_packing
@@ -283,6 +333,37 @@ def test_loras_go_on_and_come_off_an_optimized_network(tmp_path):
     with pytest.raises(CheckpointError, match="not_there"):
         lora.Attach("x", {"not_there": lora.Factors(randn(2, 3), randn(3, 2), 2.0)})(network)
     assert is_optimized(network)
+
+
+@needs_packing
+@torch.no_grad()
+def test_a_lora_leaves_the_chosen_rewrites_as_they_are():
+    network = ours(UNet, small.reference_unet())
+    optimize(network, ("packed weights",))
+    lora.add_lora(network, 2)
+    lora.remove_lora(network)
+    kinds = {type(layer) for layer in network.modules()}
+    assert packed.PackedLinear in kinds and MergedUpResnetBlock not in kinds
+    restore(network)
+    lora.add_lora(network, 2)
+    lora.remove_lora(network)
+    assert not is_optimized(network)
+
+
+@needs_packing
+@torch.no_grad()
+def test_a_lora_of_a_convolution_goes_on_a_winograd_layer(monkeypatch):
+    monkeypatch.setattr(winograd, "NARROWEST", 16)
+    network, other = (ours(UNet, small.reference_unet()) for _ in range(2))
+    optimize(network)
+    name = next(n for n, m in network.named_modules() if isinstance(m, winograd.WinogradConv2d))
+    c_out, c_in = network.get_submodule(name).weight.shape[:2]
+    factors = {name: lora.Factors(randn(2, c_in, 3, 3) / 10, randn(c_out, 2, 1, 1) / 10, 2.0)}
+    attach = lora.Attach("x", factors)
+    attach.check(network)
+    attach(network)
+    attach(other)
+    assert is_optimized(network) and relative_l2(unet_output(network), unet_output(other)) <= 1e-5
 
 
 PROMPT = "a red circle"
