@@ -7,13 +7,15 @@
         pipe.text2img("a red cat")
 
 Built on PyTorch's own hooks, which are gone after the block, also after an exception. A run in which nothing
-is changed gives the same bits as one that is not looked at. In an optimized network too; but the convolution
-that a merged upsampling stands for is not called there, and MoVQ's attention has no map.
+is changed gives the same bits as one that is not looked at. In an optimized network too; but there the
+convolution that a merged upsampling stands for is not called, MoVQ's attention has no map, and its spatial
+norms' conv_y and conv_b give maps of the latent's size.
 """
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky import encoders, movq, prior, unet
-from kandinsky.optimize import ChunkedAttention
+from kandinsky.optimize import ChunkedAttention, merged_convs
 
 Change = Callable[[Any], Any]
 
@@ -30,9 +32,12 @@ def module_names(model: nn.Module, pattern: str) -> list[str]:
     """The submodules whose names match, in the order of the network; `*` stands for any part of a name.
 
     Raises:
-        ValueError: none does; the message names the three nearest.
+        ValueError: none does, and the message names the three nearest; or the one so called is not in use.
     """
     names = [name for name, _ in model.named_modules() if name]
+    if pattern in names and model.get_submodule(pattern) in merged_convs(model):
+        why = "is not called in an optimized network; kandinsky.optimize.restore(network) first"
+        raise ValueError(f"{pattern} {why}")
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if found:
         return found
@@ -45,10 +50,23 @@ def module_names(model: nn.Module, pattern: str) -> list[str]:
 class Record(dict):
     """Name of a module -> what it gave (or took) in each call, oldest first, on the CPU.
 
-    dropped: how many values the limit kept out.
+    dropped: how many values the limit kept out: from the first that does not fit on, all.
     """
 
-    dropped: int = 0
+    def __init__(self, names: Iterable[str], limit: int):
+        super().__init__((name, []) for name in names)
+        self.dropped, self._room = 0, limit
+
+    def add(self, name: str, make: Callable[[], Any], size: int | None = None) -> None:
+        """Keeps what `make` gives, of `size` bytes; None: what it turns out to have."""
+        if not self.dropped and (size or 0) <= self._room:
+            value = make()
+            size = _num_bytes(value) if size is None else size
+            if size <= self._room:
+                self._room -= size
+                self[name].append(value)
+                return
+        self.dropped += 1
 
 
 @contextmanager
@@ -73,19 +91,16 @@ def record(
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     names = dict.fromkeys(name for pattern in patterns for name in module_names(model, pattern))
-    seen, used = Record({name: [] for name in names}), 0
+    seen = Record(names, limit)
 
     def note(name: str, value: Any) -> None:
-        nonlocal used
         value = _first_tensor(value)
         if value is None:
             return
-        size = value.numel() * value.element_size() if keep is None else 0
-        if used + size > limit:
-            seen.dropped += 1
-            return
-        used += size
-        seen[name].append(value.detach().to("cpu", copy=True) if keep is None else keep(value))
+        if keep is None:
+            seen.add(name, lambda: value.detach().to("cpu", copy=True), value.nbytes)
+        else:
+            seen.add(name, lambda: keep(value))
 
     with _hooks() as hooks:
         for name in names:
@@ -147,6 +162,15 @@ def _first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def _num_bytes(value: Any) -> int:
+    """That stay in memory with it; of a tensor all that it is a part of."""
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    parts = value.values() if isinstance(value, Mapping) else value
+    own = sys.getsizeof(value)
+    return own + sum(map(_num_bytes, parts)) if isinstance(value, (Mapping, tuple, list)) else own
+
+
 def attention_weights(q: Tensor, k: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
     """As `layers.attention` weighs values: (b, n, c), (b, m, c) -> (b, heads, n, m), rows sum to one"""
     b, n, c = q.shape
@@ -177,20 +201,15 @@ def attention_maps(model: nn.Module, patterns: str | list[str], limit: int = 2**
     names = dict.fromkeys(name for pattern in patterns for name in module_names(model, pattern))
     names = [name for name in names if _attends(model.get_submodule(name))]
     if not names:
-        what = "has an attention whose map can be seen"
+        what = "has an attention whose map can be seen (MoVQ's has none while it is optimized)"
         raise ValueError(f"no module called {', '.join(patterns)} of {type(model).__name__} {what}")
-    seen, stack, used = Record({name: [] for name in names}), [], 0
+    seen, stack = Record(names, limit), []
 
     def watch(original: Callable) -> Callable:
         def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-            nonlocal used
             if stack:
                 size = 4 * q.shape[0] * num_heads * q.shape[1] * k.shape[1]
-                if used + size > limit:
-                    seen.dropped += 1
-                else:
-                    used += size
-                    seen[stack[-1]].append(attention_weights(q, k, num_heads, mask).detach().cpu())
+                seen.add(stack[-1], lambda: attention_weights(q, k, num_heads, mask).detach().cpu(), size)
             return original(q, k, v, num_heads, mask)
 
         return attention

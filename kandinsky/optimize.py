@@ -182,9 +182,8 @@ def chunk_attention(network: nn.Module) -> int:
 
 def pack_weights(network: nn.Module) -> int:
     """All linear and convolution weights but those that a merged upsampling stands for, and LoRA's layers."""
-    merged = {id(_conv_of(block)) for block in network.modules() if type(block) in MERGED.values()}
-    layers = [layer for layer in network.modules() if id(layer) not in merged]
-    count = sum(pack(layer) for layer in layers)
+    merged = merged_convs(network)
+    count = sum(pack(layer) for layer in network.modules() if layer not in merged)
     if count:
         _leave_the_file(network)
     return count
@@ -196,6 +195,11 @@ def use_winograd(network: nn.Module) -> int:
     for layer in found:
         winograd.use(layer)
     return len(found)
+
+
+def merged_convs(network: nn.Module) -> set[nn.Module]:
+    """The convolutions that a merged upsampling stands for: they are not called."""
+    return {_conv_of(block) for block in network.modules() if isinstance(block, _Merged)}
 
 
 def _conv_of(block: nn.Module) -> nn.Conv2d:

@@ -20,15 +20,24 @@ from kandinsky.checkpoint import read_json
 from kandinsky.config import TEXT_INPAINT_UNET, TEXT_UNET
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 
-RELEASED_2_1 = {"unet-2.1": TEXT_UNET, "inpaint-2.1": TEXT_INPAINT_UNET}
-NETWORKS = {
-    "prior": Prior,
-    "unet": UNet,
-    "inpaint": UNet,
-    "hint": UNet,
-    "movq": MoVQ,
-    "text_encoder": CLIPTextEncoder,
-    "image_encoder": CLIPImageEncoder,
+SIZES = random_weights.SIZES["released"]
+RELEASED = {  # name: (class, config)
+    "prior": (Prior, SIZES.prior),
+    "unet": (UNet, SIZES.unet),
+    "inpaint": (UNet, SIZES.inpaint),
+    "hint": (UNet, SIZES.hint),
+    "movq": (MoVQ, SIZES.movq),
+    "text_encoder": (CLIPTextEncoder, SIZES.text_encoder),
+    "image_encoder": (CLIPImageEncoder, SIZES.image_encoder),
+    "unet-2.1": (UNet, TEXT_UNET),
+    "inpaint-2.1": (UNet, TEXT_INPAINT_UNET),
+}
+KINDS = {  # what a config.json calls itself
+    "PriorTransformer": Prior,
+    "UNet2DConditionModel": UNet,
+    "VQModel": MoVQ,
+    "clip_text_model": CLIPTextEncoder,
+    "clip_vision_model": CLIPImageEncoder,
 }
 
 
@@ -61,38 +70,30 @@ def parse_args(argv=None):
 
 def networks_of(what: str) -> dict[str, nn.Module]:
     """On the meta device: shapes without memory."""
-    if what in RELEASED_2_1:
-        found = {what: (UNet, RELEASED_2_1[what])}
-    elif what in NETWORKS:
-        found = {what: (NETWORKS[what], getattr(random_weights.SIZES["released"], what))}
-    else:
-        folder = Path(what)
-        subfolders = [folder / name for name in NETWORKS if (folder / name / "config.json").exists()]
-        if not subfolders and not (folder / "config.json").exists():
-            raise ValueError(
-                f"{what} is neither a folder with a config.json nor one of {', '.join(NETWORKS)}"
-            )
-        found = {}
-        for place in subfolders or [folder]:
-            network = network_class(place)
-            found[place.name] = network, network.read_config(place)
+    found = {what: RELEASED[what]} if what in RELEASED else read_folder(Path(what))
     with torch.device("meta"):
         return {name: network(config) for name, (network, config) in found.items()}
 
 
-def network_class(folder: Path) -> type:
-    config = read_json(folder / "config.json")
-    named = {
-        "PriorTransformer": Prior,
-        "UNet2DConditionModel": UNet,
-        "VQModel": MoVQ,
-        "clip_text_model": CLIPTextEncoder,
-        "clip_vision_model": CLIPImageEncoder,
-    }
-    kind = config.get("_class_name") or config.get("model_type")
-    if kind not in named:
-        raise ValueError(f"{folder / 'config.json'} is of a {kind}; known are {', '.join(named)}")
-    return named[kind]
+def read_folder(folder: Path) -> dict[str, tuple[type, Any]]:
+    """Of one network, or of each in a repository that is known; the others are named on stderr."""
+    places = [folder] if (folder / "config.json").exists() else sorted(folder.glob("*/config.json"))
+    places = [place if place == folder else place.parent for place in places]
+    found, unknown = {}, []
+    for place in places:
+        config = read_json(place / "config.json")
+        kind = config.get("_class_name") or config.get("model_type")
+        if kind in KINDS:
+            found[place.name] = KINDS[kind], KINDS[kind].read_config(place)
+        else:
+            unknown.append(f"{place / 'config.json'} is of a {kind}; known are {', '.join(KINDS)}")
+    if not places:
+        raise ValueError(f"{folder} is neither a folder with a config.json nor one of {', '.join(RELEASED)}")
+    if not found:
+        raise ValueError(unknown[0])
+    for line in unknown:
+        print(f"left out: {line}", file=sys.stderr)
+    return found
 
 
 def run(model: nn.Module, pixels: int) -> Any:
@@ -103,9 +104,8 @@ def run(model: nn.Module, pixels: int) -> Any:
         n, d = config.num_embeddings, config.embedding_dim
         return model(rand(1, d), t, rand(1, d), rand(1, n, d), torch.ones(1, n, device="meta").bool())
     if isinstance(model, UNet):
-        f = 8 if len(config.block_out_channels) == 4 else 2 ** (len(config.block_out_channels) - 1)
-        step = 2 ** (len(config.block_out_channels) - 1)
-        side = -(-pixels // (f * step)) * step
+        f = 2 ** (len(config.block_out_channels) - 1)  # MoVQ's, which has as many levels
+        side = -(-pixels // f**2) * f
         hint = rand(1, 3, 8 * side, 8 * side) if config.hint else None
         channels = 4 if config.hint else config.in_channels
         texts = {}

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky import UNet
+from kandinsky.config import UNetConfig
 from kandinsky.inspection import attention_maps
 from tests.helpers import randn
 from tests.test_scripts import load, run
@@ -41,7 +42,7 @@ def test_totals_are_those_of_the_published_files(name, capsys):
 def test_operations_and_outputs_are_those_of_a_real_call(decoder_folder, capsys):
     assert run("inspect_model", decoder_folder, "--pixels", "32", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["unet", "movq"]
+    assert list(found) == ["movq", "unet"]
     unet, lines = UNet.from_pretrained(decoder_folder / "unet"), {x["name"]: x for x in found["unet"]}
     with FlopCounterMode(display=False) as counter, attention_maps(unet, "*") as maps:
         out = unet(randn(1, 4, 8, 8), torch.tensor([0]), randn(1, 32))
@@ -82,6 +83,14 @@ def test_mistakes_are_one_line(argv, message, capsys):
 
 def test_a_config_of_another_network_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    message = "is of a AutoencoderKL; known are PriorTransformer"
     assert run("inspect_model", tmp_path) == 2
-    assert "is of a AutoencoderKL; known are PriorTransformer" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    unet = UNetConfig(block_out_channels=(32, 64), layers_per_block=1, head_dim=16)
+    for name, config in (("unet", unet.published()), ("vae", {"_class_name": "AutoencoderKL"})):
+        (tmp_path / "whole" / name).mkdir(parents=True)
+        (tmp_path / "whole" / name / "config.json").write_text(json.dumps(config))
+    assert run("inspect_model", tmp_path / "whole", "--json") == 0
+    out, error = capsys.readouterr()
+    assert list(json.loads(out)) == ["unet"] and message in error and error.count("\n") == 1
     assert load("inspect_model").networks_of("movq")["movq"].config.downscale == 8

@@ -10,7 +10,7 @@ from kandinsky.optimize import optimize
 from tests import small
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours
-from tests.test_optimize import NETWORKS, movq_output, prior_output, unet_output
+from tests.test_optimize import NETWORKS, movq_output, needs_packing, prior_output, unet_output
 
 
 def hooks_of(network: nn.Module) -> int:
@@ -105,6 +105,34 @@ def test_memory_is_bounded_and_what_is_left_out_is_counted():
         for _ in range(5):
             unet_output(unet)
     assert len(seen["conv_in"]) == 2 and seen.dropped == 3
+    for keep in (torch.clone, lambda x: {"all": [x.clone()]}, lambda x: x[0, 0]):  # the last holds all of x
+        with record(unet, "conv_in", keep=keep, limit=int(2.5 * size)) as seen:
+            for _ in range(5):
+                unet_output(unet)
+        assert len(seen["conv_in"]) == 2 and seen.dropped == 3
+    with record(unet, ["conv_in", "time_embedding"], limit=size // 2) as seen:
+        unet_output(unet)
+    order = ["time_embedding", "conv_in"]
+    assert [len(seen[name]) for name in order] == [1, 0] and seen.dropped == 1
+    with record(unet, ["conv_in", "mid_block.resnets.0", "conv_out"], limit=size + 1) as seen:
+        unet_output(unet)
+    assert [len(values) for values in seen.values()] == [1, 0, 0] and seen.dropped == 2  # nothing after a gap
+
+
+@needs_packing
+def test_what_is_not_called_in_an_optimized_network_is_refused():
+    unet, movq = ours(UNet, small.reference_unet()), ours(MoVQ, small.reference_movq())
+    name = "up_blocks.0.upsamplers.0.conv1"
+    module_names(unet, name)
+    optimize(unet)
+    optimize(movq)
+    for block in (record(unet, name), edit(unet, {name: torch.zeros_like})):
+        with pytest.raises(ValueError, match=f"{name} is not called in an optimized network; kandinsky.opt"):
+            with block:
+                pass
+    with pytest.raises(ValueError, match="MoVQ's has none while it is optimized"):
+        with attention_maps(movq, "*"):
+            pass
 
 
 def test_unknown_names_are_refused_with_the_nearest_and_errors_leave_no_trace():
