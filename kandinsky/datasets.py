@@ -1,6 +1,7 @@
 """Where training pictures and captions come from: the endless shapes, or a folder of the user's own."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ class Folder:
     """Pictures with captions in a folder: `metadata.jsonl` with `file_name` and `text`, as the Hub's
     imagefolder has it, or a `.txt` beside each picture. What cannot be read is reported and left out.
 
-    hints: each picture needs one, `hint_file_name` in `metadata.jsonl`, or `cat.hint.png` beside `cat.jpg`.
+    hints: each picture needs one of its own aspect, `hint_file_name` in `metadata.jsonl`, or `cat.hint.png`
+        beside `cat.jpg`.
 
     Raises ValueError when nothing is left.
     """
@@ -92,7 +94,7 @@ class Folder:
                 hint = fields.get("hint_file_name")
                 entries.append((self.folder / fields["file_name"], text, hint and self.folder / hint))
             except (ValueError, KeyError, AttributeError, TypeError):
-                report(f"{path.name} line {number} has no file_name and text")
+                report(f"{path.name} line {number} has no file_name and text, or what is no name for a file")
         return entries
 
     def _beside(self) -> list[tuple[Path, str, Path | None]]:
@@ -115,6 +117,8 @@ class Folder:
         try:
             for file in (path, hint) if self.hints else (path,):
                 read_picture(file, self.size)
+            if self.hints and not math.isclose(aspect(path), aspect(hint), rel_tol=0.02):
+                raise ValueError(f"{hint.name} has another aspect")
         except (OSError, ValueError) as error:
             report(f"{path} cannot be read: {error}")
             return False
@@ -127,11 +131,19 @@ def report(message: str) -> None:
 
 def read_picture(path: Path, size: int) -> Tensor:
     """The middle square of a picture -> (3, size, size) in [-1, 1]"""
-    pixels = images.picture(images.open_image(path), str(path))
-    side = min(pixels.shape[1:])
-    top, left = ((length - side) // 2 for length in pixels.shape[1:])
-    square = pixels[None, :, top : top + side, left : left + side]
+    image = images.open_image(path)
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    image = image.crop((left, top, left + side, top + side))
+    if side >= 4 * size and image.mode in ("L", "RGB"):  # before it is floats, four times as large
+        image = image.reduce(side // (2 * size))
+    square = images.picture(image, str(path))[None]
     return F.interpolate(square, (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1) * 2 - 1
+
+
+def aspect(path: Path) -> float:
+    width, height = images.open_image(path).size
+    return width / height
 
 
 def shuffled(index: int, count: int) -> int:

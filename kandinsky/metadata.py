@@ -149,6 +149,8 @@ def read(path: Path) -> dict:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"the settings in {path} are not JSON ({error})") from None
+    if isinstance(settings, dict) and isinstance(settings.get("call"), dict):
+        settings["call"].setdefault("sampler", None)  # pictures made before there was a choice
     problem = _problem(settings, _FIELDS, "settings") or _problem_across(settings)
     if problem:
         raise SettingsError(f"{path}: {problem}")

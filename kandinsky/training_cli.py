@@ -55,12 +55,11 @@ def lora_dtype(args: Namespace) -> torch.dtype:
     return torch.bfloat16 if args.lora is not None and args.bf16 else torch.float32
 
 
-def with_lora(network: nn.Module, args: Namespace) -> nn.Module:
+def with_lora(network: nn.Module, args: Namespace) -> None:
     """Gives the network the LoRA that --lora asks for, and leaves nothing else to train."""
     if args.lora is not None:
         add_lora(network, args.lora, seed=args.seed)
         train_only_lora(network)
-    return network
 
 
 def settings_of(args: Namespace) -> Settings:

@@ -22,6 +22,7 @@ from kandinsky.schedulers import DDPMScheduler
 from kandinsky.training import initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
 
+ENTRANCES = {"text2img": (4, False), "inpaint": (9, False), "hint": (8, True)}  # channels, hint network
 ZERO = ("conv2", "to_out.0", "conv_out")  # what starts at zero, so that blocks start as the identity
 
 
@@ -29,9 +30,7 @@ def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
     parser.add_argument("--clip", type=Path, required=True, help="folder of the CLIP pair, or a prior's")
     parser.add_argument("--movq", type=Path, required=True, help="folder of the MoVQ, or of another decoder")
-    parser.add_argument(
-        "--task", choices=("text2img", "inpaint", "hint"), default="text2img", help="what it is for"
-    )
+    parser.add_argument("--task", choices=tuple(ENTRANCES), default="text2img", help="what it is for")
     parser.add_argument("--channels", type=int, nargs="+", default=[64, 96, 112], help="finest level first")
     parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--head-dim", type=int, default=16, help="width of an attention head")
@@ -70,16 +69,28 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
     return build_cache(data, count, args.out / "training" / "latents.safetensors", encode)
 
 
+def is_for(config: UNetConfig, task: str) -> bool:
+    return (config.in_channels, config.hint) == ENTRANCES[task]
+
+
+def check_task(args) -> None:
+    """Before any picture is encoded."""
+    training_cli.check_lora_flag(args)
+    if args.task != "text2img" and args.init is None:
+        raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
+    if args.lora is not None and not is_for(UNet.read_config(args.init / "unet"), args.task):
+        what = f"--lora with --task {args.task} needs an --init of that task"
+        raise ValueError(f"{what}, which {args.init} is not; train one first, without --lora")
+
+
 def make_unet(args, embedding_dim: int, f: int) -> UNet:
     if args.init is not None:
         known = UNet.from_pretrained(args.init / "unet", dtype=training_cli.lora_dtype(args))
-        entrance = {"text2img": (4, False), "inpaint": (9, False), "hint": (8, True)}[args.task]
-        if (known.config.in_channels, known.config.hint) == entrance:
+        if is_for(known.config, args.task):
             return known
-        config = replace(known.config, in_channels=entrance[0], hint=entrance[1])
+        in_channels, hint = ENTRANCES[args.task]
+        config = replace(known.config, in_channels=in_channels, hint=hint)
         return widen(known, initialize(UNet(config), args.seed, ZERO))
-    if args.task != "text2img":
-        raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
     sizes = (tuple(args.channels), args.layers, args.head_dim, args.context_dim, embedding_dim, args.groups)
     return initialize(UNet(UNetConfig(4, 8, *sizes, sample_size=args.size // f)), args.seed, ZERO)
 
@@ -114,7 +125,7 @@ def make_objective(args) -> DecoderObjective:
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    training_cli.check_lora_flag(args)
+    check_task(args)
     if args.lora is None:
         write_decoder_repository(args.out, args.movq / "movq", args.task == "inpaint", args.task == "hint")
     training_cli.train(make_objective(args), args, ResnetBlock, AttentionBlock)

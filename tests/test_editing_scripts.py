@@ -221,7 +221,7 @@ def test_a_lora_is_given_again_and_repeats_with_its_scale(decoder_folder, files,
 
 def test_an_optimized_picture_is_made_again_optimized(decoder_folder, files, capsys):
     given = ["--weights", decoder_folder]
-    size = ["--height", "16", "--width", "16", "--seed", "1", *QUICK]
+    size = ["--height", "16", "--width", "16", "--seed", "1", "--sampler", "dpm++", *QUICK]
     assert run("text2img", "cat", *given, *size, "--optimize", "--out", files / "fast.png") == 0
     assert metadata.read(files / "fast.png")["optimisation"] == "exact"
     assert run("text2img", "--from-png", files / "fast.png", *given, "--out", files / "again.png") == 0
@@ -334,6 +334,11 @@ def test_settings_of_a_stranger_are_checked(settings, tmp_path, path, value, mes
     with pytest.raises(metadata.SettingsError, match=message) as caught:
         metadata.read(saved(tmp_path / "forged.png", changed(settings, path, value)))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_settings_from_before_there_were_samplers_are_read(settings, tmp_path):
+    older = saved(tmp_path / "older.png", changed(settings, "call/sampler", KeyError))
+    assert metadata.read(older) == settings
 
 
 def test_settings_that_are_too_large_too_deep_or_none_are_refused(settings, tmp_path):

@@ -19,10 +19,10 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from kandinsky import MoVQ, Prior, UNet, shapes
+from kandinsky import MoVQ, Prior, UNet, images, shapes
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
-from kandinsky.datasets import Folder, Shapes, shuffled
+from kandinsky.datasets import Folder, Shapes, read_picture, shuffled
 from kandinsky.diffusion_training import DecoderObjective, PriorObjective, decoder_loss, prior_loss, widen
 from kandinsky.embedding_cache import Cache
 from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses
@@ -374,6 +374,36 @@ def test_hints_are_read_beside_pictures_and_are_no_pictures(tmp_path, capsys):
     samples = data.load([0])
     assert samples.captions == ["cat"] and samples.hints.shape == (1, 3, 8, 8)
     assert (samples.hints - 0.2).abs().max() < 1e-6
+
+
+def test_hints_that_do_not_belong_to_their_picture_are_left_out(tmp_path, capsys):
+    Image.fromarray(np.full((8, 16, 3), 90, np.uint8)).save(tmp_path / "cat.png")
+    Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(tmp_path / "cat.hint.png")
+    (tmp_path / "cat.txt").write_text("cat")
+    with pytest.raises(ValueError, match="no readable picture with a caption and a hint"):
+        Folder(tmp_path, 8, hints=True)
+    assert "cat.hint.png has another aspect" in capsys.readouterr().err
+    line = json.dumps({"file_name": "cat.png", "text": "cat", "hint_file_name": 7})
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="no readable picture"):
+        Folder(tmp_path, 8, hints=True)
+    assert "line 1 has no file_name and text, or what is no name for a file" in capsys.readouterr().err
+
+
+def test_a_large_picture_is_read_in_little_memory(tmp_path, monkeypatch):
+    rows, columns = np.mgrid[:800, :1000] / 1000
+    large = np.stack([rows, columns, (rows + columns) / 2], -1)
+    Image.fromarray((255 * large).astype(np.uint8)).save(tmp_path / "large.png")
+    seen, picture = [], images.picture
+    monkeypatch.setattr(
+        images, "picture", lambda image, name: seen.append(image.size) or picture(image, name)
+    )
+    x = read_picture(tmp_path / "large.png", 16)
+    assert seen == [(32, 32)]
+    wanted = (
+        torch.from_numpy(large[:, 100:900]).permute(2, 0, 1).unflatten(1, (16, 50)).unflatten(3, (16, 50))
+    )
+    assert (x / 2 + 0.5 - wanted.mean((2, 4))).abs().max() < 0.01
 
 
 def test_a_run_on_eight_pictures_learns_them(tmp_path):

@@ -139,6 +139,10 @@ def test_a_lora_needs_a_network_to_change(trained, tmp_path, capsys):
     places = ["--clip", trained / "clip", "--out", tmp_path / "lora", "--lora", "2"]
     assert run("train_prior", *places) == 2
     assert "--lora needs --init" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+    places += ["--movq", trained / "movq", "--init", trained / "mini-decoder"]
+    assert run("train_decoder", *places, "--task", "hint") == 2
+    message = "--lora with --task hint needs an --init of that task, which"
+    assert message in capsys.readouterr().err and not (tmp_path / "lora").exists()
 
 
 def test_a_hint_network_is_trained_on_a_folder_with_hints(trained, tmp_path, capsys):
