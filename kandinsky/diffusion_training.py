@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from kandinsky.clip_training import readable
 from kandinsky.datasets import Samples
 from kandinsky.embedding_cache import Cache
+from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import resize, to_unit_range
 from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.movq import MoVQ
@@ -45,9 +46,14 @@ def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 def prior_loss(
     prior: Prior, scheduler: UnCLIPScheduler, x0: Tensor, noise: Tensor, t: Tensor, text: dict
 ) -> Tensor:
-    """The prior's objective (arXiv:2204.06125, eq. 2): x0 is predicted. x0, noise: (b, d), normalised"""
-    x = noised(scheduler, x0, noise, t)
-    return F.mse_loss(prior(x, t, text["embeds"], text["states"], text["mask"]), x0)
+    """The prior's objective (arXiv:2204.06125, eq. 2): x0 is predicted.
+
+    x0: (b, d), normalised; noise: (b·k, d) and t: (b·k,), k for each row, whose text is read once.
+    """
+    num_noises = len(t) // len(x0)
+    rows = torch.arange(len(t), device=t.device) // num_noises
+    known = prior.prefill(text["embeds"], text["states"], text["mask"]).rows(rows)
+    return F.mse_loss(prior.step(noised(scheduler, x0[rows], noise, t), t, known), x0[rows])
 
 
 def decoder_loss(
@@ -121,11 +127,22 @@ def discretized_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class PriorObjective(Objective):
+    """num_noises: for each caption, at timesteps spread over the schedule; text is most of the work, and
+    at little noise it hardly matters. text_encoder: is trained too, reading the cache's token ids."""
+
     def __init__(
-        self, prior: Prior, scheduler: UnCLIPScheduler, cache: Cache, fresh: Cache, dtype=torch.float32
+        self,
+        prior: Prior,
+        scheduler: UnCLIPScheduler,
+        cache: Cache,
+        fresh: Cache,
+        dtype: torch.dtype = torch.float32,
+        num_noises: int = 1,
+        text_encoder: CLIPTextEncoder | None = None,
     ):
         super().__init__()
         self.prior, self.scheduler, self.cache, self.fresh, self.dtype = prior, scheduler, cache, fresh, dtype
+        self.num_noises, self.text_encoder = num_noises, text_encoder
         for parameter in (prior.clip_mean, prior.clip_std):
             parameter.requires_grad_(False)
 
@@ -139,27 +156,37 @@ class PriorObjective(Objective):
         return self.cache.rows(indices, "image_embeds", "text")
 
     def loss(self, batch: dict[str, Any], draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
-        image_embeds = batch["image_embeds"]
-        x0 = (image_embeds - self.prior.clip_mean) / self.prior.clip_std
-        t, noise = draws.randint(self.scheduler.num_train_steps), draws.randn(x0.shape[1])
-        text = self._drop(batch, draws.rand() < DROPPED)
+        x0 = (batch["image_embeds"] - self.prior.clip_mean) / self.prior.clip_std
+        num_steps, n = self.scheduler.num_train_steps, self.num_noises
+        spread = (draws.rand(n) + torch.arange(n, device=x0.device)) / n  # one in each n-th of the schedule
+        t = (spread * num_steps).long().clamp(max=num_steps - 1).flatten()
+        noise = draws.randn(n, x0.shape[1]).flatten(0, 1)
+        text = self._text(batch, draws.rand() < DROPPED)
         return prior_loss(self.prior, self.scheduler, x0, noise, t, text), {}
 
-    def _drop(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
-        """The empty prompt in place of some."""
+    def _text(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
+        """What the prior reads, with the empty prompt in place of some."""
         empty, n = self.cache.empty_text, batch["text_mask"].shape[1]
         out = {}
-        for name in ("embeds", "states", "mask"):
+        for name in ("embeds", "states", "mask", "ids"):
             text, none = batch[f"text_{name}"], empty[name].to(dropped.device)
             if name != "embeds":
                 none = F.pad(none, (0,) * (2 * none.ndim - 4) + (0, n - none.shape[1]))
             out[name] = torch.where(dropped.reshape(-1, *[1] * (text.ndim - 1)), none, text)
+        if self.text_encoder is not None:
+            out["states"], out["embeds"] = self.text_encoder(out["ids"])
         return out
 
     def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
         """How near the samples come to the pictures of their captions, and to those of other captions."""
-        image_embeds, batch = draw_embeds(self.prior, self.scheduler, self.fresh, list(range(64)), draws)
-        true = batch["image_embeds"].to(image_embeds.device)
+        batch = self.fresh.rows(list(range(64)), "image_embeds", "text")
+        batch = {name: x.to(draws.device) for name, x in batch.items()}
+        flags = (torch.full((64,), flag, device=draws.device) for flag in (True, False))
+        empty, text = (self._text(batch, dropped) for dropped in flags)
+        image_embeds, true = (
+            draw_embeds(self.prior, self.scheduler, text, empty, draws),
+            batch["image_embeds"],
+        )
         mean = self.prior.clip_mean
         own = F.cosine_similarity(image_embeds - mean, true - mean).mean().item()
         other = F.cosine_similarity(image_embeds - mean, true.roll(1, dims=0) - mean).mean().item()
@@ -167,6 +194,8 @@ class PriorObjective(Objective):
 
     def save(self, folder: Path) -> None:
         save_trained(self.prior, folder, "prior", self.dtype)
+        if self.text_encoder is not None:
+            self.text_encoder.save_pretrained(folder / "text_encoder")
 
 
 def save_trained(network: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> None:
@@ -187,33 +216,20 @@ def save_as(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 def draw_embeds(
     prior: Prior,
     scheduler: UnCLIPScheduler,
-    cache: Cache,
-    indices: list[int],
+    text: dict[str, Tensor],
+    empty: dict[str, Tensor],
     draws: Draws,
     num_steps: int = 25,
-) -> tuple[Tensor, dict[str, Any]]:
-    """What the prior makes of cached captions, guided as by default -> (b, d) and the cached rows"""
-    batch = {name: x.to(draws.device) for name, x in cache.rows(indices, "image_embeds", "text").items()}
-    b, n = batch["text_mask"].shape
-    empty = {name: x.to(draws.device) for name, x in cache.empty_text.items()}
-    states = torch.cat(
-        [
-            F.pad(empty["states"], (0, 0, 0, n - empty["states"].shape[1])).expand(b, -1, -1),
-            batch["text_states"],
-        ]
-    )
-    mask = torch.cat(
-        [F.pad(empty["mask"], (0, n - empty["mask"].shape[1])).expand(b, -1), batch["text_mask"]]
-    )
-    embeds = torch.cat([empty["embeds"].expand(b, -1), batch["text_embeds"]])
-    d = batch["image_embeds"].shape[1]
-    known = prior.prefill(embeds, states, mask)
+) -> Tensor:
+    """What the prior makes of texts, led away from the empty one as by default -> (b, d)"""
+    b, d = text["embeds"].shape
+    known = prior.prefill(*(torch.cat([empty[name], text[name]]) for name in ("embeds", "states", "mask")))
     steps = scheduler.timesteps(num_steps)
     for step in sample_prior(
         prior, scheduler, known, draws.randn(d)[:b], lambda: draws.randn(d)[:b], steps, 4.0
     ):
         pass
-    return prior.denormalize(step.x), batch
+    return prior.denormalize(step.x)
 
 
 class DecoderObjective(Objective):

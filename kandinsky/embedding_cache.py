@@ -27,6 +27,7 @@ class Cache:
             states = tensors["empty_states"].float()[None]
             mask = torch.ones(1, states.shape[1], dtype=torch.bool)
             self.empty_text = {"embeds": tensors["empty_embeds"].float(), "states": states, "mask": mask}
+            self.empty_text["ids"] = tensors["empty_ids"].long()[None]
 
     @classmethod
     def read(cls, path: Path) -> "Cache":
@@ -44,13 +45,15 @@ class Cache:
 
     def rows(self, indices: list[int], *names: str) -> dict[str, Tensor]:
         """Rows in `shuffled` order: every len(self) numbers visit each picture once.
-        "text" gives text_embeds, text_states and text_mask."""
+        "text" gives text_embeds, text_states, text_ids and text_mask."""
         rows = [shuffled(index, len(self)) for index in indices]
         out = {name: self.tensors[name][rows].float() for name in names if name != "text"}
         if "text" in names:
-            states = [self.tensors["text_states"][slice(*self.spans[row])].float() for row in rows]
-            lengths = torch.tensor([len(s) for s in states])
-            out["text_states"] = pad_sequence(states, batch_first=True)
+            for name in ("states", "ids"):
+                parts = [self.tensors[f"text_{name}"][slice(*self.spans[row])] for row in rows]
+                out[f"text_{name}"] = pad_sequence(parts, batch_first=True)
+            out["text_states"], out["text_ids"] = out["text_states"].float(), out["text_ids"].long()
+            lengths = torch.tensor([len(part) for part in parts])
             out["text_mask"] = torch.arange(int(lengths.max()))[None] < lengths[:, None]
             out["text_embeds"] = self.tensors["text_embeds"][rows].float()
         return out
@@ -70,7 +73,7 @@ def build_cache(
         samples = data.load(list(range(start, min(start + batch_size, count))))
         for name, tensor in encode(samples).items():
             parts.setdefault(name, []).append(tensor.cpu())
-    constants = ("empty_states", "empty_embeds")
+    constants = ("empty_states", "empty_embeds", "empty_ids")
     tensors = {name: p[0] if name in constants else torch.cat(p) for name, p in parts.items()}
     write_safetensors(tensors, path)
     return Cache(tensors)
@@ -82,9 +85,11 @@ def encode_texts(
     """What the prior reads of captions, and of the empty prompt, in half precision."""
     ids, mask = tokenizer([*captions, ""])
     states, embeds = text_encoder(ids.to(text_encoder.device))
-    states, mask = states.half().cpu(), mask.cpu()
+    states, mask, ids = states.half().cpu(), mask.cpu(), ids.int().cpu()
     packed = {"text_states": states[:-1][mask[:-1]], "text_lengths": mask[:-1].sum(dim=1).int()}
     packed |= {
+        "text_ids": ids[:-1][mask[:-1]],
+        "empty_ids": ids[-1][mask[-1]],
         "text_embeds": embeds[:-1].half(),
         "empty_states": states[-1][mask[-1]],
         "empty_embeds": embeds[-1:].half(),

@@ -25,6 +25,7 @@ from kandinsky.shapes import (
     SHAPES,
     Claim,
     Object,
+    ObjectClaim,
     Scene,
     coverage,
     describe,
@@ -72,6 +73,12 @@ def compare(claim: Claim, scene: Scene) -> Verdict:
     facts = [_facts(claim, objects) for objects in permutations(scene.objects, len(claim.objects))]
     best = max(facts, key=lambda columns: sum(map(sum, columns)))
     return Verdict(len(claim.objects) == len(scene.objects), *map(all, best), background)
+
+
+def shows(picture: Image.Image | np.ndarray, scene: Scene) -> bool:
+    """Whether a picture shows every object of a scene: colour, shape, size and place; grounds may differ."""
+    claims = [ObjectClaim(item.shape, item.color, item.size, item.place) for item in scene.objects]
+    return compare(Claim(tuple(claims)), see(picture)).right
 
 
 def _facts(claim: Claim, objects: tuple[Object, ...]) -> list[list[bool]]:

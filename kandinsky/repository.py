@@ -66,13 +66,15 @@ def write_image_constants(folder: Path, image_encoder: nn.Module) -> None:
     write_safetensors({"zero_image_embeds": embeds}, folder / "zero_image_embeds.safetensors")
 
 
-def write_prior_repository(folder: Path, clip: Path) -> None:
+def write_prior_repository(folder: Path, clip: Path, trained: tuple[str, ...] = ()) -> None:
     """All of a prior's folder but the prior itself; the CLIP pair's parts are copied. A teacher's pupil, the
-    image tower, may be trained later; the next call copies it."""
+    image tower, may be trained later; the next call copies it. trained: parts that are not written over."""
     if Path(folder).resolve() != Path(clip).resolve():
         waits = {"image_encoder"} if (Path(clip) / "teacher").is_dir() else set()
         for part in CLIP_PARTS:
             if part in waits and not (Path(clip) / part).is_dir():
+                continue
+            if part in trained and (Path(folder) / part).is_dir():
                 continue
             copy_folder(Path(clip) / part, Path(folder) / part)
         copy_file(

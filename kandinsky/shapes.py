@@ -240,6 +240,30 @@ def object_masks(scene: Scene, size: int = 64) -> list[np.ndarray]:
     return masks
 
 
+def with_another_object(scene: Scene, rng: Random) -> tuple[Scene, int]:
+    """One object exchanged for another of its size, of another colour and shape, where it was or as near as
+    it has room, and its index. The new pair is no held-out one."""
+    taken = {scene.background, *(other.color for other in scene.objects)}
+    pairs = [(c, s) for c in OBJECT_COLORS if c not in taken for s in SHAPES if (c, s) not in HELD_OUT]
+    choices = [(index, *pair) for index in range(len(scene.objects)) for pair in pairs]
+    rng.shuffle(choices)
+    for index, color, shape in choices:
+        item, others = scene.objects[index], [*scene.objects]
+        others.remove(item)
+        rooms = (item.radius * extent + MARGIN for extent in geometry(shape).extents)
+        x, y = (min(max(at, room), 1 - room) for at, room in zip((item.x, item.y), rooms))
+        new = Object(shape, color, x, y, item.radius, _shade(rng, color, COLOR_JITTER))
+        if shape != item.shape and not any(_too_close(new, other) for other in others):
+            break
+    return replace(scene, objects=(*scene.objects[:index], new, *scene.objects[index + 1 :])), index
+
+
+def box_mask(item: Object, size: int = 64) -> np.ndarray:
+    """Boolean (size, size): a square around an object, in which any shape of its radius has room."""
+    reach, at = REACH * item.radius + 1 / 64, np.arange(0.5, size) / size
+    return (np.abs(at - item.y) < reach)[:, None] & (np.abs(at - item.x) < reach)[None]
+
+
 def depth_hint(scene: Scene, size: int = 64) -> np.ndarray:
     """uint8 (size, size): the ground is black, the first object white, each further one a step darker."""
     hint = np.zeros((size, size), np.uint8)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from kandinsky import MoVQ, Prior, UNet, arguments, cli, random_weights
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.optimize import optimize
+from kandinsky.reference import distance, randn, reference_for
 from kandinsky.schedulers import UnCLIPScheduler
 
 IMPORTS = {
@@ -44,7 +45,7 @@ embeds, negative = prior({prompt!r}, generator=generator).to_tuple()
 steps = dict(num_inference_steps=50, height=size, width=size)
 decoder(embeds, negative, generator=generator, **steps).images[0].save(out)
 """
-Run = Callable[[], Tensor]
+Runs = tuple[Callable, Callable, int]  # of ours, of theirs, how often theirs is needed for one of ours
 
 
 def parse_args(argv=None):
@@ -113,11 +114,7 @@ def measure_start(runs: int) -> dict[str, list[float]]:
         return in_turn(runs, timed)
 
 
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def text_runs(args, config: Any) -> tuple[Any, Callable, Callable]:
+def text_runs(args, config: Any) -> Runs:
     """A prompt of 12 tokens and the empty one; diffusers pads to 77 and calls twice."""
     end = config.vocab_size - 1
     ids = torch.full((2, 77), end)
@@ -131,7 +128,7 @@ def text_runs(args, config: Any) -> tuple[Any, Callable, Callable]:
     return lambda tower: tower(ids[:, :13])[1], theirs, 1
 
 
-def prior_runs(args, config: Any) -> tuple[Callable, Callable, int]:
+def prior_runs(args, config: Any) -> Runs:
     """25 guided steps at one prompt; of diffusers' 25 equal steps one is run."""
     d, scheduler = config.embedding_dim, UnCLIPScheduler()
     mask = torch.arange(77, device=args.device)[None] < torch.tensor([[2], [12]], device=args.device)
@@ -150,9 +147,9 @@ def prior_runs(args, config: Any) -> tuple[Callable, Callable, int]:
     return ours, theirs, 25
 
 
-def unet_runs(args, config: Any) -> tuple[Callable, Callable, int]:
+def unet_runs(args, config: Any) -> Runs:
     """One guided step. Ours reads what `prepare` made for the loop."""
-    f = 8 if args.size == "released" else 4
+    f = random_weights.SIZES[args.size].movq.downscale
     x = randn(2, 4, args.pixels // f, args.pixels // f).to(args.device)
     image_embeds, plans = randn(2, config.embedding_dim, seed=1).to(args.device), {}
 
@@ -168,7 +165,7 @@ def unet_runs(args, config: Any) -> tuple[Callable, Callable, int]:
     return ours, theirs, 1
 
 
-def movq_runs(args, config: Any) -> tuple[Callable, Callable, int]:
+def movq_runs(args, config: Any) -> Runs:
     z = randn(1, 4, args.pixels // config.downscale, args.pixels // config.downscale).to(args.device)
     theirs = lambda movq: movq.decode(z.to(movq.dtype), force_not_quantize=True).sample  # noqa: E731
     return lambda movq: movq.decode(z), theirs, 1
@@ -182,30 +179,11 @@ PARTS = {
 }
 
 
-def reference_for(model: nn.Module) -> nn.Module:
-    """diffusers' or transformers' network on the same weights, in the same memory."""
-    import diffusers
-    import transformers
-    from accelerate import init_empty_weights
-
-    published = model.config.published()
-    with init_empty_weights():
-        if isinstance(model, CLIPTextEncoder):
-            reference = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**published))
-        else:
-            reference = getattr(diffusers, published["_class_name"]).from_config(published)
-    reference.load_state_dict(model.state_dict(), assign=True)
-    for module in reference.modules():  # buffers that are in no file
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(model.device))
-    return reference.eval()
-
-
 @torch.no_grad()
 def measure_part(args, name: str) -> dict[str, Any]:
     """Seconds of diffusers, ours, and ours optimized, and how far each lies from diffusers in float32."""
     network, make_runs = PARTS[name]
-    config = getattr(random_weights.SIZES[args.size], {"unet": "unet"}.get(name, name))
+    config = getattr(random_weights.SIZES[args.size], name)
     with torch.device("meta"):
         model = network(config)
     model = random_weights.randomize(model.to_empty(device="cpu")).to(args.device)
@@ -224,10 +202,6 @@ def measure_part(args, name: str) -> dict[str, Any]:
     away = {key: distance(call(subject).float(), exact) for key, (subject, call, _) in subjects.items()}
     timed = {key: stopwatch(args, subject, call, times) for key, (subject, call, times) in subjects.items()}
     return {"seconds": in_turn(args.runs, timed), "relative_l2": away}
-
-
-def distance(x: Tensor, exact: Tensor) -> float:
-    return ((x - exact).norm() / exact.norm()).item()
 
 
 def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[[], float]:

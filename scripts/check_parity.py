@@ -24,6 +24,7 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 from kandinsky.movq import MoVQ
 from kandinsky.parts import zero_image_embeds
 from kandinsky.prior import Prior
+from kandinsky.reference import distance, randn, reference_for, share
 from kandinsky.unet import UNet
 
 FACTOR = {"small": 1.3, "released": 1.1}  # half precision: ours against theirs
@@ -66,14 +67,6 @@ class Settings:
     seeds: int
     decoder: Path | None = None  # else random weights in memory
     prior: Path | None = None
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def cast(inputs: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -191,31 +184,6 @@ CASES = {
     "image_encoder": Case(CLIPImageEncoder, "image_encoder", image_inputs, our_image, their_image),
 }
 COMPONENTS = (*CASES, "schedulers", "pipelines")
-
-
-def reference_for(model: nn.Module) -> nn.Module:
-    """diffusers' or transformers' network at the same weights, in the same memory."""
-    import diffusers
-    import transformers
-    from accelerate import init_empty_weights
-
-    published = model.config.published()
-    with init_empty_weights():  # leaves buffers that are in no file real
-        if isinstance(model, (CLIPTextEncoder, CLIPImageEncoder)):
-            kind = "Text" if isinstance(model, CLIPTextEncoder) else "Vision"
-            config = getattr(transformers, f"CLIP{kind}Config")(**published)
-            reference = getattr(transformers, f"CLIP{kind}ModelWithProjection")(config)
-        else:
-            reference = getattr(diffusers, published["_class_name"]).from_config(published)
-    return share(reference, model).eval()
-
-
-def share(reference: nn.Module, model: nn.Module) -> nn.Module:
-    reference.load_state_dict(model.state_dict(), assign=True)
-    for module in reference.modules():  # buffers that are in no file
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(model.device))
-    return reference
 
 
 def load(component: str, settings: Settings) -> nn.Module | None:

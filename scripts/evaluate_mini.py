@@ -1,12 +1,18 @@
 """Measures a checkpoint trained on shapes: are its pictures right, by the judge, and how good are its parts?
 
 Captions and pictures are of a seed that no training uses. Pictures are drawn with the default settings.
+
+--task inpaint: one object of a picture is exchanged for another, by a mask around it and the new picture's
+caption; right is a picture that shows every object asked for, and the ground where the caption says it.
+--task hint: a caption, and the objects' depths; right likewise, size and place of all being the hint's.
 """
 
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -19,9 +25,10 @@ from kandinsky.checkpoint import write_json
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.datasets import Samples, Shapes
 from kandinsky.images import save_image, to_pil
-from kandinsky.judge import judge
+from kandinsky.judge import judge, shows
 from kandinsky.movq_training import psnr
 from kandinsky.sampling import ImageEmbeds
+from kandinsky.shapes import Scene, box_mask, caption, depth_hint, random_scene, render, with_another_object
 from kandinsky.training import tile
 
 SEED = 1_000_003  # of the shapes; training uses small ones
@@ -29,7 +36,8 @@ SEED = 1_000_003  # of the shapes; training uses small ones
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("--weights", type=Path, default=cli.WEIGHTS / "mini-decoder", help="decoder folder")
+    parser.add_argument("--task", choices=tuple(DECODERS), default="text2img", help="see above")
+    parser.add_argument("--weights", type=Path, help="decoder folder; default: the task's embedded one")
     parser.add_argument(
         "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
     )
@@ -42,29 +50,35 @@ def parse_args(argv=None):
     parser.add_argument("--held-out", type=int, default=100, help="captions with a pair never trained on")
     parser.add_argument("--true", type=int, default=100, help="of each, drawn from true embeddings too")
     parser.add_argument("--pictures", type=int, default=256, help="that MoVQ and prior are measured on")
+    parser.add_argument("--cases", type=int, default=200, help="of inpaint and hint")
     parser.add_argument("--batch-size", type=int, default=50, help="pictures drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")
     parser.add_argument("--out", type=Path, help="JSON file for the figures; the grid goes beside it")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.weights = args.weights or cli.WEIGHTS / DECODERS[args.task]
+    return args
 
 
-def draw(pipe: Kandinsky, captions: list[str], args, embeds: torch.Tensor | None = None) -> list:
-    """One picture for each caption, or for each image embedding."""
+def draw(method: Callable, count: int, args, **given: list) -> list:
+    """A picture for each of `count` rows of what is given."""
     pictures = []
-    for start in range(0, len(captions), args.batch_size):
-        rows = slice(start, start + args.batch_size)
-        given = {"prompt": captions[rows]} if embeds is None else {"embeds": ImageEmbeds(embeds[rows])}
-        pictures += pipe.text2img(**given, seed=args.seed + start)
-        print(f"{len(pictures)} of {len(captions)} drawn", file=sys.stderr)
+    for start in range(0, count, args.batch_size):
+        rows = {name: values[start : start + args.batch_size] for name, values in given.items()}
+        pictures += method(**rows, seed=args.seed + start)
+        print(f"{len(pictures)} of {count} drawn", file=sys.stderr)
     return pictures
+
+
+def from_embeds(pipe: Kandinsky) -> Callable:
+    return lambda image_embeds, seed: pipe.text2img(embeds=ImageEmbeds(image_embeds), seed=seed)
 
 
 def score(pictures: list, samples: Samples) -> dict[str, float]:
     """The share of pictures that are all right, in all and by number of objects, and of each aspect."""
     right, total, aspects = Counter(), Counter(), Counter()
-    for picture, caption, scene in zip(pictures, samples.captions, samples.scenes):
-        verdict, count = judge(picture, caption), len(scene.objects)
+    for picture, text, scene in zip(pictures, samples.captions, samples.scenes):
+        verdict, count = judge(picture, text), len(scene.objects)
         for group in ("all", f"{count} object{'s' * (count > 1)}"):
             right[group] += verdict.right
             total[group] += 1
@@ -102,12 +116,9 @@ def grid_of(pictures: list) -> Image.Image:
     return to_pil(tile(pixels.unflatten(0, (-1, 12)))[None])[0]
 
 
-@cli.one_line_errors
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    pipe = Kandinsky.from_pretrained(args.weights, args.prior, args.device)
+def evaluate_text(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
+    """The figures, and pictures for a grid."""
     image_encoder = load_image_encoder(args.clip or pipe.need_prior())
-    size = pipe.unet_config.sample_size * pipe.movq_config.downscale
     sets = {
         "seen": (Shapes(SEED, size), args.seen),
         "held out": (Shapes(SEED, size, "held_out"), args.held_out),
@@ -115,16 +126,75 @@ def main(argv=None) -> int:
     results, rows = {}, []
     for name, (data, count) in sets.items():
         samples = data.load(list(range(count)))
-        pictures = draw(pipe, samples.captions, args)
+        pictures = draw(pipe.text2img, count, args, prompt=samples.captions)
         results[name] = score(pictures, samples)
         rows += pictures[: 24 if count >= 24 else 0]
         if args.true:
             first = data.load(list(range(min(count, args.true))))
             with torch.no_grad():
                 embeds = image_encoder(clip_normalize(first.pixels, size))
-            drawn = draw(pipe, first.captions, args, embeds)
+            drawn = draw(from_embeds(pipe), len(embeds), args, image_embeds=embeds)
             results[f"{name}, from true embeddings"] = score(drawn, first)
     results["parts"] = measure_parts(pipe, image_encoder, Shapes(SEED, size).load(list(range(args.pictures))))
+    return results, rows
+
+
+def evaluate_inpaint(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
+    scenes, captions, given, boxes = [], [], [], []
+    for index in range(args.cases):
+        rng, before = Random(f"{SEED} {index} inpaint"), random_scene(SEED, index)
+        scene, changed = with_another_object(before, rng)
+        scenes.append(scene)
+        captions.append(caption(scene, rng))
+        given.append(render(before, size))
+        boxes.append(box_mask(before.objects[changed], size) | box_mask(scene.objects[changed], size))
+    masks = [box.astype(np.float32) for box in boxes]
+    pictures = draw(pipe.inpaint, args.cases, args, prompt=captions, image=given, mask_image=masks)
+    kept = [np.array_equal(np.array(p)[~box], x[~box]) for p, x, box in zip(pictures, given, boxes)]
+    untouched = sum(kept) / args.cases
+    shown = [np.where(box[..., None], 127, x).astype(np.uint8) for x, box in zip(given, boxes)]
+    return score_tasks(pictures, captions, scenes) | {"rest untouched": untouched}, pairs(shown, pictures)
+
+
+def evaluate_hint(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
+    scenes = [random_scene(SEED, index) for index in range(args.cases)]
+    captions = [caption(scene, Random(f"{SEED} {index} hint")) for index, scene in enumerate(scenes)]
+    hints = [np.repeat(depth_hint(scene, size)[..., None], 3, axis=2) for scene in scenes]
+    pictures = draw(pipe.text2img, args.cases, args, prompt=captions, hint=hints)
+    return score_tasks(pictures, captions, scenes), pairs(hints, pictures)
+
+
+def score_tasks(pictures: list, captions: list[str], scenes: list[Scene]) -> dict[str, float]:
+    """Right: all that the caption says, and colour, shape, size and place of every object."""
+    right, total = Counter(), Counter()
+    for picture, text, scene in zip(pictures, captions, scenes):
+        count = len(scene.objects)
+        for group in ("all", f"{count} object{'s' * (count > 1)}"):
+            right[group] += judge(picture, text).right and shows(picture, scene)
+            total[group] += 1
+    shares = {group: round(right[group] / total[group], 4) for group in sorted(total)}
+    return shares | {f"{group}, number": total[group] for group in sorted(total)}
+
+
+def pairs(given: list, pictures: list) -> list:
+    """What was given and what was drawn, side by side, 24 pictures in all."""
+    return [x for pair in zip(given[:12], pictures[:12]) for x in pair] if len(pictures) >= 12 else []
+
+
+DECODERS = {
+    "text2img": "mini-decoder",
+    "inpaint": "mini-decoder-inpaint",
+    "hint": "mini-controlnet-depth",
+}
+EVALUATE = {"text2img": evaluate_text, "inpaint": evaluate_inpaint, "hint": evaluate_hint}
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    pipe = Kandinsky.from_pretrained(args.weights, args.prior, args.device)
+    size = pipe.unet_config.sample_size * pipe.movq_config.downscale
+    results, rows = EVALUATE[args.task](pipe, size, args)
     print(json.dumps(results, indent=2))
     if args.out is not None:
         write_json(results, args.out)

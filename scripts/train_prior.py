@@ -32,6 +32,14 @@ def parse_args(argv=None):
         "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written prior")
+    parser.add_argument(
+        "--noises", type=int, default=4, help="for each caption, at timesteps spread over the schedule"
+    )
+    parser.add_argument(
+        "--train-text",
+        action="store_true",
+        help="train the text tower too: what contrast taught it may not tell what belongs to what",
+    )
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
@@ -66,8 +74,10 @@ def encode_data(args) -> list:
 def main(argv=None) -> int:
     args = parse_args(argv)
     training_cli.check_lora_flag(args)
+    if args.lora is not None and args.train_text:
+        raise ValueError("--lora leaves the networks as they are; --train-text goes without it")
     if args.lora is None:
-        write_prior_repository(args.out, args.clip)
+        write_prior_repository(args.out, args.clip, ("text_encoder",) if args.train_text else ())
     cache, fresh = encode_data(args)
     if args.init is not None:
         prior = Prior.from_pretrained(args.init / "prior", dtype=training_cli.lora_dtype(args))
@@ -75,7 +85,12 @@ def main(argv=None) -> int:
         dim = cache["image_embeds"].shape[1]
         prior = initialize(Prior(PriorConfig(args.heads, args.head_dim, args.layers, dim)), args.seed)
     training_cli.with_lora(prior, args)
-    objective = PriorObjective(prior, UnCLIPScheduler(), cache, fresh, getattr(torch, args.save_dtype))
+    text_encoder = None
+    if args.train_text:
+        folder = args.clip if args.init is None else args.init
+        text_encoder = CLIPTextEncoder.from_pretrained(folder / "text_encoder")
+    dtype = getattr(torch, args.save_dtype)
+    objective = PriorObjective(prior, UnCLIPScheduler(), cache, fresh, dtype, args.noises, text_encoder)
     if args.init is None:
         objective.normalize_by(cache)
     training_cli.train(objective, args, Block)

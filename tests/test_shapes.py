@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from kandinsky import shapes
-from kandinsky.judge import Verdict, compare, hard_negative, judge, see
+from kandinsky.judge import Verdict, compare, hard_negative, judge, see, shows
 from kandinsky.shapes import Claim, Object, ObjectClaim, Scene, caption, parse, random_scene, render
 
 NUM_SCENES = 120  # for each number of objects
@@ -435,3 +435,22 @@ def test_making_and_judging_are_quick():
         judge(picture, text)
     judged = time.process_time()
     assert (made - start) / len(data) < 0.001 and (judged - made) / len(data) < 0.01
+
+
+def test_another_object_is_seen_in_its_place_and_fits_the_mask():
+    right = 0
+    for index in range(300):
+        before, rng = random_scene(4, index), Random(index)
+        after, changed = shapes.with_another_object(before, rng)
+        old, new = before.objects[changed], after.objects[changed]
+        assert (old.place, old.radius) == (new.place, new.radius)
+        assert max(abs(old.x - new.x), abs(old.y - new.y)) < 0.15
+        assert old.color != new.color and old.shape != new.shape
+        assert (new.color, new.shape) not in shapes.HELD_OUT
+        others = [o for i, o in enumerate(after.objects) if i != changed]
+        assert [o for i, o in enumerate(before.objects) if i != changed] == others
+        box = shapes.box_mask(old) | shapes.box_mask(new)
+        pair = np.stack([render(before), render(after)]).astype(int)
+        assert not (np.abs(pair[0] - pair[1]).max(axis=-1) > 0)[~box].any()
+        right += shows(render(after), after) and not shows(render(before), after)
+    assert right >= 0.99 * 300

@@ -25,13 +25,14 @@ from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Shapes, read_picture, shuffled
 from kandinsky.diffusion_training import DecoderObjective, PriorObjective, decoder_loss, prior_loss, widen
 from kandinsky.embedding_cache import Cache
+from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
 from kandinsky.vocabulary import END, START, write_tokenizer
 from tests.helpers import randn, relative_l2
-from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_unet
+from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_text_encoder, reference_unet
 from tests.training_worker import movq_objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,6 +122,43 @@ def test_prior_loss_has_the_gradients_of_diffusers_networks_under_the_published_
     assert_same_gradients(prior, reference, 1e-4)
 
 
+def test_several_noises_for_a_caption_weigh_as_single_ones():
+    prior, b, n = ours(Prior, reference_prior()), 3, 9
+    x0, noise = randn(b, EMBEDDING_DIM, seed=1), randn(2 * b, EMBEDDING_DIM, seed=2)
+    t = torch.tensor([0, 990, 10, 500, 40, 700])
+    text = {"embeds": randn(b, EMBEDDING_DIM, seed=3), "states": randn(b, n, EMBEDDING_DIM, seed=4)}
+    text["mask"] = torch.arange(n)[None] < torch.tensor([2, 9, 5])[:, None]
+    halves = [prior_loss(prior, UnCLIPScheduler(), x0, noise[i::2], t[i::2], text) for i in (0, 1)]
+    together = prior_loss(prior, UnCLIPScheduler(), x0, noise, t, text)
+    torch.testing.assert_close(together, sum(halves) / 2)
+    seen = []
+    objective = PriorObjective(prior, UnCLIPScheduler(), small_cache(), small_cache(), num_noises=4)
+    prior.register_forward_pre_hook(lambda _, args: seen.append(args))
+    prior.time_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        objective.loss(objective.batch([0, 1]), Draws("0", slice(None), 2))
+    assert torch.equal(seen[0].flatten() // 250, torch.tensor([0, 1, 2, 3] * 2))
+
+
+def test_the_text_tower_can_be_trained_with_the_prior(tmp_path):
+    """Its gradient is that of reading the ids, and the tower is written beside the prior."""
+    cache, tower = small_cache(), ours(CLIPTextEncoder, reference_text_encoder(0))
+    objective = PriorObjective(
+        ours(Prior, reference_prior()), UnCLIPScheduler(), cache, cache, text_encoder=tower
+    )
+    batch = objective.batch([0, 1, 2, 3])
+    objective.loss(batch, Draws("0", slice(None), 4))[0].backward()
+    used = tower.text_model.embeddings.token_embedding.weight.grad.abs().sum(dim=1).nonzero().flatten()
+    assert set(used.tolist()) <= {*batch["text_ids"].flatten().tolist(), 0, 8, 9} and len(used) > 4
+    objective.save(tmp_path)
+    written = CLIPTextEncoder.from_pretrained(tmp_path / "text_encoder")
+    assert torch.equal(written.text_projection.weight, tower.text_projection.weight)
+    with torch.no_grad():
+        before = objective.sample(Draws("1", slice(None), 64))[1]["cosine"]
+        tower.text_projection.weight.zero_()
+        assert objective.sample(Draws("1", slice(None), 64))[1]["cosine"] != before
+
+
 def independent_bound(betas, x0, x, t, eps, variance):
     """The variational bound's terms with torch.distributions, in float64, sample by sample."""
     betas, terms = betas.double(), []
@@ -187,6 +225,8 @@ def small_cache(count: int = 12) -> Cache:
             "text_embeds": 1 + randn(count, EMBEDDING_DIM, seed=1),
             "text_states": randn(int(lengths.sum()), EMBEDDING_DIM, seed=2),
             "text_lengths": lengths,
+            "text_ids": torch.arange(int(lengths.sum())) % 7,
+            "empty_ids": torch.tensor([8, 9]),
             "empty_embeds": torch.zeros(1, EMBEDDING_DIM),
             "empty_states": torch.zeros(2, EMBEDDING_DIM),
         }
@@ -196,7 +236,7 @@ def small_cache(count: int = 12) -> Cache:
 def test_texts_and_embeddings_are_dropped_in_a_tenth():
     cache, seen = small_cache(), []
     prior = ours(Prior, reference_prior())
-    prior.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    prior.embedding_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     objective = PriorObjective(prior, UnCLIPScheduler(), cache, cache)
     with torch.no_grad():
         for step in range(20):

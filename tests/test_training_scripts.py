@@ -12,6 +12,7 @@ from PIL import Image
 
 from kandinsky import Kandinsky
 from kandinsky.cli import WEIGHTS
+from kandinsky.encoders import CLIPTextEncoder
 from tests.test_training import write_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -135,6 +136,20 @@ def test_a_lora_is_trained_alone_and_loads(trained, tmp_path, network, precision
     assert torch.equal(draw(), before)
 
 
+def test_a_text_tower_is_trained_with_its_prior(trained, tmp_path, capsys):
+    out, flags = tmp_path / "prior", ["--data", trained / "pictures", "--size", "16", *SHORT, "--train-text"]
+    places = ["--clip", trained / "clip", "--init", trained / "mini-prior"]
+    assert run("train_prior", "--out", out, *places, *flags) == 0
+    towers = [CLIPTextEncoder.from_pretrained(f / "text_encoder") for f in (out, trained / "mini-prior")]
+    weights = [tower.text_projection.weight for tower in towers]
+    assert weights[0].isfinite().all() and not torch.equal(*weights)
+    assert run("train_prior", "--out", out, *places, *flags) == 0  # there is nothing more to do
+    kept = CLIPTextEncoder.from_pretrained(out / "text_encoder")
+    assert torch.equal(kept.text_projection.weight, weights[0])
+    assert run("train_prior", "--out", tmp_path / "no", *places, *flags, "--lora", "2") == 2
+    assert "--train-text goes without it" in capsys.readouterr().err
+
+
 def test_a_lora_needs_a_network_to_change(trained, tmp_path, capsys):
     places = ["--clip", trained / "clip", "--out", tmp_path / "lora", "--lora", "2"]
     assert run("train_prior", *places) == 2
@@ -168,3 +183,14 @@ def test_the_embedded_checkpoint_draws_the_same_pictures_in_diffusers():
 def test_the_embedded_checkpoint_is_small():
     files = [path for name in ("mini-prior", "mini-decoder") for path in (WEIGHTS / name).rglob("*")]
     assert sum(path.stat().st_size for path in files) <= 24 * 2**20
+
+
+@pytest.mark.skipif(not (WEIGHTS / "mini-decoder-inpaint").is_dir(), reason="no embedded checkpoint")
+@pytest.mark.parametrize("task", ["inpaint", "hint"])
+def test_the_embedded_tasks_are_measured(task, tmp_path, capsys):
+    out = tmp_path / f"{task}.json"
+    assert run("evaluate_mini", "--task", task, "--cases", "12", "--batch-size", "12", "--out", out) == 0
+    found = json.loads(out.read_text())
+    assert found["all, number"] == 12 and found["all"] >= 0.5
+    assert task == "hint" or found["rest untouched"] == 1
+    assert Image.open(out.with_suffix(".png")).width > 12 * 64

@@ -1,0 +1,51 @@
+"""diffusers' and transformers' networks at the weights of ours, which the scripts measure against.
+
+Needs the test extra, `pip install -e '.[test]'`, imported when used.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    """Relative L2, ‖x − exact‖ / ‖exact‖"""
+    return ((x - exact).norm() / exact.norm()).item()
+
+
+def reference_for(model: nn.Module) -> nn.Module:
+    """Their network at the same weights, in the same memory.
+
+    Raises:
+        ValueError: the libraries are not there.
+    """
+    try:
+        import diffusers
+        import transformers
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise ValueError(f"{error.name} is needed to compare with; pip install -e '.[test]'") from None
+
+    published = model.config.published()
+    with init_empty_weights():  # leaves buffers that are in no file real
+        if isinstance(model, (CLIPTextEncoder, CLIPImageEncoder)):
+            kind = "Text" if isinstance(model, CLIPTextEncoder) else "Vision"
+            config = getattr(transformers, f"CLIP{kind}Config")(**published)
+            reference = getattr(transformers, f"CLIP{kind}ModelWithProjection")(config)
+        else:
+            reference = getattr(diffusers, published["_class_name"]).from_config(published)
+    return share(reference, model).eval()
+
+
+def share(reference: nn.Module, model: nn.Module) -> nn.Module:
+    """Gives theirs the tensors of ours."""
+    reference.load_state_dict(model.state_dict(), assign=True)
+    for module in reference.modules():  # buffers that are in no file
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(model.device))
+    return reference
