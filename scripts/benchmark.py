@@ -1,13 +1,14 @@
 """Measures what the README states: medians of runs taken in turn, so that a drifting machine favours none.
 
 import   a fresh process to the end of the import
-start    a fresh process to a saved picture, of the embedded checkpoint, against diffusers on the same folders
+start    a fresh process to a saved picture, and its peak memory, against diffusers on the same folders
 parts    text encoder, prior, U-Net step and MoVQ, at random weights, against diffusers' on the same weights
 """
 
 import copy
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kandinsky import MoVQ, Prior, UNet, arguments, cli, random_weights
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, arguments, cli, random_weights
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.optimize import optimize
 from kandinsky.reference import distance, randn, reference_for
@@ -35,15 +36,14 @@ PROMPT = "a red circle above a small blue square on a yellow background"
 THEIR_SCRIPT = """
 import sys, torch
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
-weights, out = sys.argv[1:]
-prior = KandinskyV22PriorPipeline.from_pretrained(weights + "/mini-prior")
-decoder = KandinskyV22Pipeline.from_pretrained(weights + "/mini-decoder")
-size = 8 if len(decoder.movq.config.block_out_channels) == 4 else 4
-size *= decoder.unet.config.sample_size
+decoder, prior, prompt, pixels, steps, prior_steps, dtype, out = sys.argv[1:]
+dtype = getattr(torch, dtype)
+prior = KandinskyV22PriorPipeline.from_pretrained(prior, torch_dtype=dtype)
+decoder = KandinskyV22Pipeline.from_pretrained(decoder, torch_dtype=dtype)
 generator = torch.Generator().manual_seed(0)
-embeds, negative = prior({prompt!r}, generator=generator).to_tuple()
-steps = dict(num_inference_steps=50, height=size, width=size)
-decoder(embeds, negative, generator=generator, **steps).images[0].save(out)
+embeds, negative = prior(prompt, num_inference_steps=int(prior_steps), generator=generator).to_tuple()
+size = dict(height=int(pixels), width=int(pixels), num_inference_steps=int(steps))
+decoder(embeds, negative, generator=generator, **size).images[0].save(out)
 """
 Runs = tuple[Callable, Callable, int]  # of ours, of theirs, how often theirs is needed for one of ours
 
@@ -59,8 +59,15 @@ def parse_args(argv=None):
         "--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="which, for parts"
     )
     parser.add_argument("--size", choices=tuple(random_weights.SIZES), default="released", help="of networks")
-    parser.add_argument("--pixels", type=int, default=512, help="side of the picture, for parts")
-    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights, for parts")
+    parser.add_argument(
+        "--pixels", type=int, help="side of the picture; default: the checkpoint's, parts 512"
+    )
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--steps", type=int, default=50, help="of the decoder, for start")
+    parser.add_argument("--prior-steps", type=int, default=25, help="for start")
+    parser.add_argument(
+        "--weights", type=Path, default=cli.WEIGHTS / "mini-decoder", help="decoder folder, for start"
+    )
     parser.add_argument("--device", default="cpu", help="for parts")
     parser.add_argument("--compile", action="store_true", help="also diffusers under torch.compile")
     args = parser.parse_args(argv)
@@ -68,28 +75,37 @@ def parse_args(argv=None):
         args.runs = 5 if args.what == "parts" else 9
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
+    if args.pixels is None and args.what == "parts":
+        args.pixels = 512
     args.device = arguments.device(args.device)
     return args
 
 
-def in_turn(runs: int, timed: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Seconds of each, one after the other, again and again; the first round is not counted."""
-    seconds = {name: [] for name in timed}
+def in_turn(runs: int, timed: dict[str, Callable[[], Any]]) -> dict[str, list]:
+    """What each gives, one after the other, again and again; the first round is not counted."""
+    given = {name: [] for name in timed}
     for run in range(runs + 1):
         for name, once in timed.items():
-            taken = once()
+            result = once()
             if run > 0:
-                seconds[name].append(taken)
-    return seconds
+                given[name].append(result)
+    return given
 
 
-def process(*command: str) -> Callable[[], float]:
-    """Times a fresh process, which must succeed."""
+def process(*command: str) -> Callable[[], tuple[float, float]]:
+    """Seconds and peak memory in GiB of a fresh process, which must succeed."""
 
-    def once() -> float:
+    def once() -> tuple[float, float]:
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        return time.perf_counter() - start
+        with tempfile.TemporaryFile() as errors:
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            if child.returncode:
+                errors.seek(0)
+                last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+                raise ValueError(f"{Path(command[0]).name} ended with {child.returncode}: {' '.join(last)}")
+        return time.perf_counter() - start, usage.ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
     return once
 
@@ -98,20 +114,30 @@ def can_import(name: str) -> bool:
     return subprocess.run([sys.executable, "-c", IMPORTS[name]], capture_output=True).returncode == 0
 
 
-def measure_imports(runs: int) -> dict[str, list[float]]:
+def measure_processes(runs: int, commands: dict[str, list[str]]) -> dict[str, dict[str, list[float]]]:
+    measured = in_turn(runs, {name: process(*command) for name, command in commands.items()})
+    named = {"seconds": 0, "gib": 1}
+    return {what: {name: [run[i] for run in m] for name, m in measured.items()} for what, i in named.items()}
+
+
+def measure_imports(args) -> dict[str, dict[str, list[float]]]:
     names = [name for name in IMPORTS if can_import(name)]
-    return in_turn(runs, {name: process(sys.executable, "-c", IMPORTS[name]) for name in names})
+    return measure_processes(args.runs, {name: [sys.executable, "-c", IMPORTS[name]] for name in names})
 
 
-def measure_start(runs: int) -> dict[str, list[float]]:
-    script, weights = Path(__file__).parent / "text2img.py", str(cli.WEIGHTS)
+def measure_start(args) -> dict[str, dict[str, list[float]]]:
+    pipe = Kandinsky.from_pretrained(args.weights)
+    pixels = str(args.pixels or pipe.unet_config.sample_size * pipe.movq_config.downscale)
+    steps, dtype = [str(args.steps), str(args.prior_steps)], args.dtype
     with tempfile.TemporaryDirectory() as folder:
-        out = ["--out", f"{folder}/ours.png", "--overwrite"]
-        timed = {"kandinsky": process(sys.executable, str(script), PROMPT, "--seed", "0", *out)}
+        ours = [sys.executable, str(Path(__file__).parent / "text2img.py"), PROMPT, "--seed", "0"]
+        ours += ["--weights", str(args.weights), "--height", pixels, "--width", pixels, "--dtype", dtype]
+        ours += ["--steps", steps[0], "--prior-steps", steps[1], "--overwrite", "--out", f"{folder}/a.png"]
+        commands = {"kandinsky": ours, "kandinsky, --low-memory": [*ours, "--low-memory"]}
         if can_import("diffusers"):
-            code = THEIR_SCRIPT.replace("{prompt!r}", repr(PROMPT))
-            timed["diffusers"] = process(sys.executable, "-c", code, weights, f"{folder}/theirs.png")
-        return in_turn(runs, timed)
+            given = [str(args.weights), str(pipe.need_prior()), PROMPT, pixels, *steps, dtype]
+            commands["diffusers"] = [sys.executable, "-c", THEIR_SCRIPT, *given, f"{folder}/b.png"]
+        return measure_processes(args.runs, commands)
 
 
 def text_runs(args, config: Any) -> Runs:
@@ -148,14 +174,14 @@ def prior_runs(args, config: Any) -> Runs:
 
 
 def unet_runs(args, config: Any) -> Runs:
-    """One guided step. Ours reads what `prepare` made for the loop."""
+    """One guided step. Ours reads what `prepare` made for the loop, which is timed apart."""
     f = random_weights.SIZES[args.size].movq.downscale
     x = randn(2, 4, args.pixels // f, args.pixels // f).to(args.device)
     image_embeds, plans = randn(2, config.embedding_dim, seed=1).to(args.device), {}
 
     def ours(unet: UNet) -> Tensor:
         if unet not in plans:
-            plans[unet] = unet.prepare(image_embeds, [681])
+            plans[unet] = prepare(args, unet, 1)
         return unet.step(x, plans[unet], 0)
 
     def theirs(unet: nn.Module) -> Tensor:
@@ -163,6 +189,11 @@ def unet_runs(args, config: Any) -> Runs:
         return unet(x.to(unet.dtype), t, encoder_hidden_states=None, added_cond_kwargs=added).sample
 
     return ours, theirs, 1
+
+
+def prepare(args, unet: UNet, num_steps: int) -> Any:
+    image_embeds = randn(2, unet.config.embedding_dim, seed=1).to(args.device)
+    return unet.prepare(image_embeds, [681 - step for step in range(num_steps)])
 
 
 def movq_runs(args, config: Any) -> Runs:
@@ -201,7 +232,12 @@ def measure_part(args, name: str) -> dict[str, Any]:
     subjects |= {"ours": (model, ours, 1), "ours, optimized": (fast, ours, 1)}
     away = {key: distance(call(subject).float(), exact) for key, (subject, call, _) in subjects.items()}
     timed = {key: stopwatch(args, subject, call, times) for key, (subject, call, times) in subjects.items()}
-    return {"seconds": in_turn(args.runs, timed), "relative_l2": away}
+    result = {"seconds": in_turn(args.runs, timed), "relative_l2": away}
+    if name == "unet":
+        ones = {"ours": model, "ours, optimized": fast}
+        timed = {key: stopwatch(args, one, lambda u: prepare(args, u, 50), 1) for key, one in ones.items()}
+        result["prepare"] = in_turn(args.runs, timed)
+    return result
 
 
 def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[[], float]:
@@ -221,14 +257,30 @@ def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[
     return once
 
 
-def table(measured: dict[str, list[float]], base: str) -> list[str]:
-    medians = {name: statistics.median(seconds) for name, seconds in measured.items()}
+def table(measured: dict[str, list[float]], base: str, unit: str = "s") -> list[str]:
+    medians = {name: statistics.median(values) for name, values in measured.items()}
     lines = []
-    for name, seconds in measured.items():
-        spread = f"{min(seconds):.3g} to {max(seconds):.3g}"
+    for name, values in measured.items():
+        spread = f"{min(values):.3g} to {max(values):.3g}"
         ratio = f"{medians[name] / medians[base]:5.2f} × {base}"
-        lines.append(f"{name:<20} {medians[name]:8.3g} s  ({spread})  {ratio}")
+        lines.append(f"{name:<24} {medians[name]:8.3g} {unit}  ({spread})  {ratio}")
     return lines
+
+
+def report_part(name: str, result: dict[str, Any], args) -> None:
+    print(f"\n{name}, {args.size}, {args.dtype}, {args.pixels} px, {args.device}")
+    for line, away in zip(table(result["seconds"], "diffusers"), result["relative_l2"].values()):
+        print(f"{line}  {away:.1e} from float32", flush=True)
+
+
+def whole_picture(parts: dict[str, Any], steps: int = 50) -> dict[str, list[float]]:
+    """The sum of the parts' medians: text, 25 prior steps, what is prepared once, the U-Net's steps, MoVQ."""
+    total = {}
+    for name in parts["unet"]["seconds"]:
+        medians = {part: statistics.median(result["seconds"][name]) for part, result in parts.items()}
+        once = statistics.median(parts["unet"]["prepare"].get(name, [0.0]))
+        total[name] = [sum(medians.values()) + (steps - 1) * medians["unet"] + once]
+    return total
 
 
 @cli.one_line_errors
@@ -240,18 +292,21 @@ def main(argv=None) -> int:
         for name in args.parts:
             results[name] = measure_part(args, name)
             if not args.json:
-                print(f"\n{name}, {args.size}, {args.dtype}, {args.pixels} px, {args.device}")
-                for line, away in zip(
-                    table(results[name]["seconds"], "diffusers"), results[name]["relative_l2"].values()
-                ):
-                    print(f"{line}  {away:.1e} from float32", flush=True)
+                report_part(name, results[name], args)
+        if set(args.parts) == set(PARTS):
+            results["whole picture"] = {"seconds": whole_picture(results)}
     else:
-        measure, base = (measure_imports, "torch") if args.what == "import" else (measure_start, "kandinsky")
-        results = measure(args.runs)
+        base = "torch" if args.what == "import" else "diffusers"
+        results = (measure_imports if args.what == "import" else measure_start)(args)
+        base = base if base in results["seconds"] else "kandinsky"
         if not args.json:
-            print("\n".join(table(results, base)))
+            lines = [*table(results["seconds"], base), "", *table(results["gib"], base, "GiB")]
+            print("\n".join(lines))
     if args.json:
         print(json.dumps(results))
+    elif "whole picture" in results:
+        print("\nwhole picture, 50 and 25 steps, the sum of the parts")
+        print("\n".join(table(results["whole picture"]["seconds"], "diffusers")))
     return 0
 
 

@@ -170,9 +170,10 @@ def test_help_explains_every_flag(capsys, script, more):
 
 def test_the_benchmark_measures_imports(capsys):
     assert run("benchmark", "import", "--runs", "1", "--json") == 0
-    seconds = json.loads(capsys.readouterr().out)
-    assert seconds.keys() == {"torch", "kandinsky", "diffusers"}
-    assert all(len(runs) == 1 and runs[0] > 0.05 for runs in seconds.values())
+    results = json.loads(capsys.readouterr().out)
+    for what in ("seconds", "gib"):
+        assert results[what].keys() == {"torch", "kandinsky", "diffusers"}
+        assert all(len(runs) == 1 and runs[0] > 0.05 for runs in results[what].values())
     assert run("benchmark", "import", "--runs", "0") == 2
 
 
@@ -180,7 +181,10 @@ def test_the_benchmark_measures_parts_beside_their_distance(capsys):
     small = ["parts", "--size", "small", "--pixels", "32", "--runs", "3"]
     assert run("benchmark", *small, "--json") == 0
     results = json.loads(capsys.readouterr().out)
+    whole = results.pop("whole picture")["seconds"]
     assert list(results) == ["text_encoder", "prior", "unet", "movq"]
+    once = min(results["unet"]["prepare"]["ours"]) + min(results["movq"]["seconds"]["ours"])
+    assert whole["ours"][0] > 50 * min(results["unet"]["seconds"]["ours"]) + once
     for part in results.values():
         assert part["relative_l2"].pop("diffusers") == 0
         assert part["relative_l2"].keys() == {"ours", "ours, optimized"}
@@ -192,6 +196,18 @@ def test_the_benchmark_measures_parts_beside_their_distance(capsys):
         len([line for line in lines if re.search(r"\d s  \(.* × diffusers  .*e-\d\d from float32", line)])
         == 3
     )
+
+
+def test_the_benchmark_measures_a_whole_process_and_its_memory(capsys):
+    assert run("benchmark", "start", "--runs", "1", "--steps", "2", "--prior-steps", "2") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    names = ["kandinsky ", "kandinsky, --low-memory", "diffusers"]
+    assert all(line.startswith(name) for line, name in zip(lines, names * 2, strict=True))
+    assert [" s  (" in line for line in lines] == [True] * 3 + [False] * 3 and "GiB" in lines[-1]
+    with pytest.raises(ValueError, match="ended with 3: it broke"):
+        load("benchmark").process(
+            sys.executable, "-c", "import sys; print('it broke', file=sys.stderr); exit(3)"
+        )()
 
 
 def test_the_benchmarks_table_shows_ratios_of_medians():
