@@ -79,9 +79,11 @@ def read_config(config_class: type, published: dict[str, Any], source: str = "co
         CheckpointError: another class's file, a missing field, or a value this network does not model. Fields
             unknown here must be null or false; fields that start with `_` are ignored.
     """
-    key, name = config_class.IDENTITY
-    if published.get(key) != name:
-        raise CheckpointError(f"{source}: {key} is {published.get(key)!r}; {name!r} is needed here")
+    key, *names = config_class.IDENTITY
+    if published.get(key) not in names:
+        wanted = " or ".join(map(repr, names))
+        raise CheckpointError(f"{source}: {key} is {published.get(key)!r}; {wanted} is needed here")
+    published = published | {key: names[0]}
     optional = {_published_name(f): f.default for f in fields(config_class) if f.metadata.get("optional")}
     published = published | {n: default for n, default in optional.items() if published.get(n) is None}
     missing = [_published_name(f) for f in fields(config_class) if _published_name(f) not in published]
@@ -321,4 +323,47 @@ class CLIPImageConfig:
             **_own_fields(self),
             "layer_norm_eps": 1e-5,
             "num_channels": 3,
+        }
+
+
+@dataclass(frozen=True)
+class MultilingualConfig:
+    """2.1's second text tower, XLM-RoBERTa with a projection. Defaults are the released values."""
+
+    IDENTITY: ClassVar = (
+        "model_type",
+        "xlm-roberta",
+        "M-CLIP",
+    )  # the official file, and what diffusers saves
+    IGNORED: ClassVar = (
+        _BOOKKEEPING
+        | {
+            "attention_probs_dropout_prob",
+            "classifier_dropout",
+            "eos_token_id",
+            "hidden_dropout_prob",
+            "output_past",
+            "use_cache",
+        }
+    ) - {"pad_token_id"}
+    LATER_FIELDS: ClassVar = {"position_embedding_type": "absolute"}
+
+    vocab_size: int = 250002
+    max_positions: int = _named(514, "max_position_embeddings")
+    num_token_types: int = _named(1, "type_vocab_size")  # of which the first is used
+    width: int = _named(1024, "hidden_size")
+    num_layers: int = _named(24, "num_hidden_layers")
+    num_heads: int = _named(16, "num_attention_heads")
+    mlp_width: int = _named(4096, "intermediate_size")
+    projection_dim: int = _named(768, "numDims")
+
+    def published(self) -> dict[str, Any]:
+        return {
+            "architectures": ["MultilingualCLIP"],
+            "model_type": "xlm-roberta",
+            **_own_fields(self),
+            "transformerDimensions": self.width,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "pad_token_id": 1,
         }

@@ -360,8 +360,8 @@ def _unet_config(tensors: Tensors, head_dim: int) -> dict[str, Any]:
 
 def _network(config: dict[str, Any], source: str) -> Any:
     for network in NETWORKS:
-        key, name = network.config_class.IDENTITY
-        if config.get(key) == name:
+        key, *names = network.config_class.IDENTITY
+        if config.get(key) in names:
             return network
     named = config.get("_class_name") or config.get("model_type")
     known = ", ".join(network.config_class.IDENTITY[1] for network in NETWORKS)

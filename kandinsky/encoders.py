@@ -1,10 +1,12 @@
-"""CLIP's two towers and the prompt's tokenizer (arXiv:2103.00020; 2.2 uses OpenCLIP's ViT-bigG/14).
+"""CLIP's two towers (arXiv:2103.00020; 2.2 uses OpenCLIP's ViT-bigG/14), 2.1's multilingual one, tokenizers.
 
     prompt ─ PromptTokenizer → ids (b, n) ─ CLIPTextEncoder → text_states (b, n, d), text_embeds (b, d)
     picture ─ images.clip_pixels → (b, 3, 224, 224) ─ CLIPImageEncoder → image_embeds (b, d)
 
 Both are pre-norm transformers; the text tower is causal and read at the prompt's end, the image tower sees a
-class token before its patches and is read there.
+class token before its patches and is read there. 2.1's decoder reads the prompt itself, through XLM-RoBERTa:
+
+    prompt ─ MultilingualTokenizer → ids (b, 77) ─ MultilingualCLIP → text_states (b, 77, 1024), text_embeds
 """
 
 import warnings
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kandinsky.checkpoint import CheckpointError, Pretrained
-from kandinsky.config import CLIPImageConfig, CLIPTextConfig
+from kandinsky.config import CLIPImageConfig, CLIPTextConfig, MultilingualConfig
 from kandinsky.layers import attention
+
+PADDING = 1  # the id of XLM-RoBERTa's padding, and its position
 
 
 class SelfAttention(nn.Module):
@@ -184,6 +188,114 @@ class CLIPImageEncoder(nn.Module, Pretrained):
         return self.visual_projection(self.vision_model(pixels.to(self.dtype))).float()
 
 
+class KeysQueriesValues(nn.Module):
+    """Named `self` in the checkpoint."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: (b, n, c), mask: (b, 1, 1, n) True for real tokens -> (b, n, c)"""
+        return attention(self.query(x), self.key(x), self.value(x), self.num_heads, mask)
+
+
+class AddAndNorm(nn.Module):
+    def __init__(self, in_width: int, width: int):
+        super().__init__()
+        self.dense = nn.Linear(in_width, width)
+        self.LayerNorm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """x: (b, n, in_width), before: (b, n, c) -> (b, n, c)"""
+        return self.LayerNorm(before + self.dense(x))
+
+
+class MultilingualLayer(nn.Module):
+    """BERT's: the norms come after the sums (arXiv:1810.04805)."""
+
+    def __init__(self, config: MultilingualConfig):
+        super().__init__()
+        self.attention = nn.ModuleDict()
+        self.attention["self"] = KeysQueriesValues(config.width, config.num_heads)
+        self.attention["output"] = AddAndNorm(config.width, config.width)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.width, config.mlp_width)})
+        self.output = AddAndNorm(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x: (b, n, c) -> (b, n, c)"""
+        x = self.attention["output"](self.attention["self"](x, mask), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class MultilingualEmbeddings(nn.Module):
+    def __init__(self, config: MultilingualConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.token_type_embeddings = nn.Embedding(config.num_token_types, config.width)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(b, n) -> (b, n, c). Positions count the real tokens from 2; padding, id 1, has position 1."""
+        is_real = ids != PADDING
+        positions = PADDING + is_real.cumsum(dim=1) * is_real
+        words = self.word_embeddings(ids) + self.token_type_embeddings.weight[0]
+        return self.LayerNorm(words + self.position_embeddings(positions))
+
+
+class MultilingualTransformer(nn.Module):
+    """XLM-RoBERTa (arXiv:1911.02116)."""
+
+    def __init__(self, config: MultilingualConfig):
+        super().__init__()
+        self.embeddings = MultilingualEmbeddings(config)
+        layers = nn.ModuleList(MultilingualLayer(config) for _ in range(config.num_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        # in the file, read by nobody
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.width, config.width)})
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(b, n) -> (b, n, c); padding sees the real tokens, and nobody sees padding"""
+        x, mask = self.embeddings(ids), (ids != PADDING)[:, None, None]
+        for layer in self.encoder["layer"]:
+            x = layer(x, mask)
+        return x
+
+
+class MultilingualCLIP(nn.Module, Pretrained):
+    """The text tower of 2.1's decoder, which reads a hundred languages."""
+
+    config_class = MultilingualConfig
+    weights_name = "model.safetensors"
+
+    def __init__(self, config: MultilingualConfig = MultilingualConfig()):
+        super().__init__()
+        self.config = config
+        self.transformer = MultilingualTransformer(config)
+        self.LinearTransformation = nn.Linear(config.width, config.projection_dim)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes prompts.
+
+        Args:
+            ids: (b, n) token ids, n up to 512, padded with id 1.
+
+        Returns:
+            text_states: (b, n, d) float32, the last hidden states; the U-Net reads those of padding too.
+            text_embeds: (b, projection_dim) float32, the projected mean over the real tokens.
+        """
+        longest = self.config.max_positions - PADDING - 1
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= longest:
+            raise ValueError(f"ids is {tuple(ids.shape)}, needs (b, n) with n from 1 to {longest}")
+        states, is_real = self.transformer(ids), (ids != PADDING)[..., None]
+        mean = (states * is_real).sum(dim=1) / is_real.sum(dim=1)
+        return states.float(), self.LinearTransformation(mean.to(states.dtype)).float()
+
+
 class PromptTokenizer:
     """transformers' CLIP tokenizer; pads no further than the longest prompt and says what it cuts."""
 
@@ -224,3 +336,31 @@ class PromptTokenizer:
         settings = {"max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
         padded = self.tokenizer(texts, padding="longest", **settings)
         return padded["input_ids"], padded["attention_mask"].bool()
+
+
+class MultilingualTokenizer:
+    """XLM-RoBERTa's tokenizer; pads to the 77 tokens that 2.1's U-Net reads, and says what it cuts."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "MultilingualTokenizer":
+        """Reads `tokenizer.json` or `sentencepiece.bpe.model`; without them it is a CheckpointError."""
+        folder = Path(folder)
+        if not any((folder / name).exists() for name in ("tokenizer.json", "sentencepiece.bpe.model")):
+            raise CheckpointError(f"no such file: {folder / 'tokenizer.json'}")
+        from transformers import XLMRobertaTokenizerFast
+
+        return cls(XLMRobertaTokenizerFast.from_pretrained(folder, local_files_only=True))
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Prompts -> ids (b, 77); padding is id 1. What does not fit is cut, and a UserWarning shows it."""
+        ids = self.tokenizer(texts, padding="max_length", max_length=77, truncation=True).input_ids
+        for text, whole in zip(texts, self.tokenizer(texts, verbose=False).input_ids):
+            if len(whole) > 77:
+                dropped = self.tokenizer.decode(whole[76:-1])
+                warnings.warn(
+                    f"the prompt is longer than 77 tokens; this part was dropped: {dropped!r}", stacklevel=2
+                )
+        return torch.tensor(ids)

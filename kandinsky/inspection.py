@@ -183,7 +183,8 @@ def attention_weights(q: Tensor, k: Tensor, num_heads: int, mask: Tensor | None 
 
 def _attends(module: nn.Module) -> bool:
     """Whether it calls `layers.attention`: MoVQ's chunked form does not."""
-    return (hasattr(module, "to_q") or hasattr(module, "q_proj")) and not isinstance(module, ChunkedAttention)
+    known = any(hasattr(module, name) for name in ("to_q", "q_proj", "query"))
+    return known and not isinstance(module, ChunkedAttention)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from kandinsky.config import (
     UNetConfig,
 )
 from kandinsky.download import ZERO_IMAGE, check_space
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.images import CLIP_MEAN, CLIP_STD
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
@@ -146,6 +146,8 @@ def layout(network: type, config: Any) -> Layout:
     found: Layout = {name: (tuple(t.shape), dtype) for name, t in model.state_dict().items()}
     if network is CLIPTextEncoder:  # old transformers saved these, and the official files have them
         found["text_model.embeddings.position_ids"] = ((1, config.max_positions), torch.int64)
+    if network is MultilingualCLIP:
+        found["transformer.embeddings.position_ids"] = ((1, config.max_positions), torch.int64)
     if network is CLIPImageEncoder:
         positions = found["vision_model.embeddings.position_embedding.weight"][0][0]
         found["vision_model.embeddings.position_ids"] = ((1, positions), torch.int64)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
+from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    XLMRobertaTokenizer,
 )
 
 from kandinsky.config import read_config
@@ -69,6 +71,13 @@ def reference_text_encoder(seed: int = 0, **changes) -> CLIPTextModelWithProject
     return randomize(CLIPTextModelWithProjection(CLIPTextConfig(**settings)), seed)
 
 
+def reference_multilingual(seed: int = 0, **changes) -> MultilingualCLIP:
+    sizes = {"hidden_size": 48, "transformerDimensions": 48, "numDims": EMBEDDING_DIM}
+    sizes |= {"intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 300}
+    sizes |= {"max_position_embeddings": 130, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    return randomize(MultilingualCLIP(MCLIPConfig(**sizes | changes)).eval(), seed)
+
+
 def reference_image_encoder(seed: int = 0, **changes) -> CLIPVisionModelWithProjection:
     sizes = {"hidden_size": 40, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     sizes |= {"projection_dim": EMBEDDING_DIM, "image_size": 24, "patch_size": 8}
@@ -103,3 +112,12 @@ def write_checkpoints(
     reference_movq(3, seed).save_pretrained(decoder / "movq")
     DDPMScheduler(**{**SCHEDULER, **scheduler}).save_pretrained(decoder / "scheduler")
     return decoder
+
+
+def write_multilingual_tokenizer(folder: Path) -> Path:
+    """A small XLM-RoBERTa tokenizer: a few pieces and every letter of three scripts."""
+    letters = [chr(c) for c in (*range(97, 123), *range(0x430, 0x450), *range(0x3042, 0x3060))]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁cat", "▁кот", *letters, "<mask>"]
+    scores = [(piece, -float(index)) for index, piece in enumerate(pieces)]
+    XLMRobertaTokenizer(vocab=scores).save_pretrained(folder)
+    return folder

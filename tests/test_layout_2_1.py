@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kandinsky.config import read_config
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.random_weights import layout
@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the project's docum
         ("kandinsky-2-1-prior__prior", Prior),
         ("kandinsky-2-1-prior__text_encoder", CLIPTextEncoder),
         ("kandinsky-2-1-prior__image_encoder", CLIPImageEncoder),
+        ("kandinsky-2-1__text_encoder", MultilingualCLIP),
+        ("kandinsky-2-1-inpaint__text_encoder", MultilingualCLIP),
         ("kandinsky-2-1__movq", MoVQ),
         ("kandinsky-2-1-inpaint__movq", MoVQ),
     ],
