@@ -66,7 +66,7 @@ def _show_warning(message: Warning | str, *_: object) -> None:
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--weights", help="2.2, or a decoder folder; default: the embedded checkpoint")
+    parser.add_argument("--weights", help="2.2, 2.1, or a decoder folder; default: the embedded checkpoint")
     parser.add_argument(
         "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
     )
@@ -131,24 +131,35 @@ def add_output_flags(parser: ArgumentParser) -> None:
     )
 
 
+OFFICIAL_2_1 = {
+    "kandinsky-2-2-decoder": "kandinsky-2-1",
+    "kandinsky-2-2-decoder-inpaint": "kandinsky-2-1-inpaint",
+}
+
+
 def decoder_folder(weights: str | None, official: str, embedded: str) -> Path:
     """The decoder folder that --weights means.
 
     Args:
-        weights: None, "2.2", or a folder.
+        weights: None, "2.2", "2.1", or a folder.
         official, embedded: names of the official and the embedded repository for the script's task.
 
     Raises:
         ValueError: it is not there; the message says how to get it.
     """
-    if weights == "2.1":
-        raise ValueError("2.1 cannot be drawn yet; use 2.2, or a decoder folder")
-    if weights not in (None, "2.2"):
+    if weights not in (None, "2.2", "2.1"):
         return Path(weights)
+    if weights == "2.1":
+        if official not in OFFICIAL_2_1:
+            raise ValueError(f"2.1 has nothing like {official}; use --weights 2.2, or a decoder folder")
+        official = OFFICIAL_2_1[official]
     folder = WEIGHTS / (embedded if weights is None else official)
     if folder.is_dir():
         return folder
-    get = "`python scripts/download_weights.py 2.2`, then pass --weights 2.2; or pass --weights FOLDER"
+    model = weights or "2.2"
+    get = (
+        f"`python scripts/download_weights.py {model}`, then pass --weights {model}; or pass --weights FOLDER"
+    )
     raise ValueError(f"no checkpoint at {folder}; get the official one with {get}")
 
 

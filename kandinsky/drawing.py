@@ -90,6 +90,11 @@ def run_task(task: str) -> Run:
     return run
 
 
+def beside_embeds(pipe: Kandinsky) -> str | None:
+    """The prompt that goes with embeddings: none, but 2.1's decoder always reads one."""
+    return "" if pipe.unet_config.text else None
+
+
 def draw(
     task: str, call: dict[str, Any], args: Namespace, settings: dict | None, names: tuple[str, str], run: Run
 ) -> list[Path]:

@@ -270,6 +270,15 @@ class Embedding(Parts):
             text_states, text_embeds = text_encoder(ids.to(self.device))
         return text_states, text_embeds, mask.to(self.device)
 
+    def _encode_decoder_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """What 2.1's U-Net reads of texts: embeddings (b, d) and states (b, 77, c)."""
+        unique = list(dict.fromkeys(texts))
+        rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
+        ids = self.decoder_tokenizer(unique).to(self.device)
+        with self.using("decoder_text_encoder") as text_encoder:
+            text_states, text_embeds = text_encoder(ids)
+        return text_embeds[rows], text_states[rows]
+
     def _embed_pictures(self, pictures: list[Tensor]) -> Tensor:
         """Pictures (3, h, w) in [0, 1] -> (b, d)"""
         with self.using("image_encoder") as image_encoder:

@@ -13,7 +13,13 @@ from torch import Tensor
 from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError, open_safetensors
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, PromptTokenizer
+from kandinsky.encoders import (
+    CLIPImageEncoder,
+    CLIPTextEncoder,
+    MultilingualCLIP,
+    MultilingualTokenizer,
+    PromptTokenizer,
+)
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.schedulers import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
@@ -26,11 +32,11 @@ class Part:
     Assigning another replaces it for good; after `del` or assigning None it is read again.
     """
 
-    def __init__(self, network: type, repository: str):
-        self.network, self.repository = network, repository
+    def __init__(self, network: type, repository: str, subfolder: str | None = None):
+        self.network, self.repository, self.subfolder = network, repository, subfolder
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.name, self.subfolder = name, self.subfolder or name
 
     def __get__(self, parts: "Parts | None", owner: type) -> Any:
         if parts is None:
@@ -56,7 +62,8 @@ class Part:
         self.__set__(parts, None)
 
     def folder(self, parts: "Parts") -> Path:
-        return (parts.decoder_folder if self.repository == "decoder" else parts.need_prior()) / self.name
+        repository = parts.decoder_folder if self.repository == "decoder" else parts.need_prior()
+        return repository / self.subfolder
 
     def config(self, parts: "Parts") -> Any:
         """Known before any weight is read."""
@@ -70,7 +77,8 @@ class Parts:
 
     Attributes:
         text_encoder, prior, image_encoder, unet, movq: networks, read when first used; assign to replace
-        them. tokenizer, scheduler, prior_scheduler: likewise. prior_config, unet_config, movq_config: known
+        them. tokenizer, scheduler, prior_scheduler: likewise. decoder_text_encoder, decoder_tokenizer: what
+        2.1's decoder reads the prompt with. prior_config, unet_config, movq_config: known
         before any weight is read. changes: by network, what is done to it each time that it is read; see
         `change`. is_optimized: whether `Kandinsky.optimize` is among them.
     """
@@ -80,6 +88,7 @@ class Parts:
     image_encoder = Part(CLIPImageEncoder, "prior")
     unet = Part(UNet, "decoder")
     movq = Part(MoVQ, "decoder")
+    decoder_text_encoder = Part(MultilingualCLIP, "decoder", "text_encoder")
 
     @classmethod
     @arguments.public
@@ -95,7 +104,8 @@ class Parts:
         """Opens a checkpoint; nothing is downloaded, and weights are read when first needed.
 
         Args:
-            decoder: a folder in the published layout (`unet/ movq/ scheduler/`).
+            decoder: a folder in the published layout (`unet/ movq/ scheduler/`; 2.1 also
+                `text_encoder/ tokenizer/`).
             prior: likewise (`prior/ text_encoder/ tokenizer/ scheduler/ image_encoder/`); None: the sibling
                 folder that belongs to the decoder by name. Where there is none, only embeddings can be drawn.
             keep_loaded: False frees every network after use and reads it again when needed; changes made to
@@ -157,6 +167,16 @@ class Parts:
         if not isinstance(tokenizer, PromptTokenizer) and hasattr(tokenizer, "model_max_length"):
             tokenizer = PromptTokenizer(tokenizer)  # one of transformers'
         self._constants["tokenizer"] = arguments.instance(tokenizer, "tokenizer", (PromptTokenizer,))
+
+    @property
+    def decoder_tokenizer(self) -> MultilingualTokenizer:
+        folder = self.decoder_folder / "tokenizer"
+        return self._once("decoder_tokenizer", lambda: MultilingualTokenizer.from_pretrained(folder))
+
+    @decoder_tokenizer.setter
+    def decoder_tokenizer(self, tokenizer: Any) -> None:
+        known = arguments.instance(tokenizer, "decoder_tokenizer", (MultilingualTokenizer,))
+        self._constants["decoder_tokenizer"] = known
 
     @property
     def scheduler(self) -> Any:

@@ -19,7 +19,7 @@ from kandinsky import arguments, images, masks
 from kandinsky.embedding import OnStep, Timesteps
 from kandinsky.request import Request, Requests
 from kandinsky.sampling import ImageEmbeds, Noise, Step, last_steps, sample_inpainting, sample_latents
-from kandinsky.schedulers import DPMSolverScheduler, NoiseScheduler
+from kandinsky.schedulers import DDPMScheduler, DPMSolverScheduler, NoiseScheduler
 from kandinsky.unet import UNet
 
 # what a task's decoder loop is to its U-Net: (unet, image_embeds, x, draw) -> steps
@@ -55,7 +55,8 @@ class Kandinsky(Requests):
         """Draws pictures from a prompt, or from embeddings made before.
 
         Args:
-            prompt, embeds: one of the two; `embeds` takes the place of the prior's work.
+            prompt, embeds: one of the two; `embeds` takes the place of the prior's work. 2.1's decoder reads
+                the prompt itself and needs it beside embeds.
             hint: where things are: a picture in any form, of one channel or three in [0, 1], or a list. In a
                 depth map near is white. For checkpoints with a hint network only.
             latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f².
@@ -128,6 +129,9 @@ class Kandinsky(Requests):
             return self._finish(request, z)
 
         def noised(noise: Tensor) -> Tensor:
+            if self.unet_config.text:  # 2.1 noises by another schedule than it denoises by, as in diffusers
+                linear = DDPMScheduler(beta_start=0.0001, beta_end=0.02)
+                return linear.add_noise(z, noise, max(int(linear.num_train_steps * strength) - 2, 0))
             return scheduler.add_noise(z, noise, timesteps[0][0])
 
         loop = self._text2img_loop(request, scheduler, timesteps, hints)
@@ -190,8 +194,10 @@ class Kandinsky(Requests):
         keep = masks.keep_latents(padded, self.movq_config.downscale).to(self.device)
         z = self._encode(request, pictures)
 
+        texts = self._decoder_texts(request)
+
         def loop(unet: UNet, image_embeds: Tensor, x: Tensor, draw: Callable) -> Iterator[Step]:
-            settings = (draw, timesteps, request.guidance_scale, z, keep)
+            settings = (draw, timesteps, request.guidance_scale, z, keep, texts)
             return sample_inpainting(unet, scheduler, image_embeds, x, *settings)
 
         x = self._sample(request, len(timesteps), loop)
@@ -266,9 +272,10 @@ class Kandinsky(Requests):
     ) -> Loop:
         hint = None if hints is None else request.rows([self._fit_hint(request, x) for x in hints])
         hint = None if hint is None else hint.to(self.device)
+        texts = self._decoder_texts(request)
 
         def loop(unet: UNet, image_embeds: Tensor, x: Tensor, draw: Callable) -> Iterator[Step]:
-            settings = (draw, timesteps, request.guidance_scale, hint)
+            settings = (draw, timesteps, request.guidance_scale, hint, texts)
             return sample_latents(unet, scheduler, image_embeds, x, *settings)
 
         return loop
@@ -294,6 +301,14 @@ class Kandinsky(Requests):
             return image_embeds
         uncond = self.zero_image_embeds if uncond is None else uncond
         return torch.cat([uncond.expand(len(image_embeds), -1), image_embeds])
+
+    def _decoder_texts(self, request: Request) -> tuple[Tensor, Tensor] | None:
+        """2.1: the U-Net's own reading of prompts, rows as in `_guided_embeds`; the other half is of ""."""
+        if request.decoder_texts is None:
+            return None
+        uncond = request.negatives or [""] * request.num_prompts
+        texts = (uncond if request.guidance_scale > 1 else []) + request.decoder_texts
+        return self._encode_decoder_texts([t for t in texts for _ in range(request.images_per_prompt)])
 
     def _encode(self, request: Request, pictures: list[Tensor]) -> Tensor:
         """Pictures -> their latents, one row per image."""

@@ -22,6 +22,7 @@ class Request(NamedTuple):
 
     texts: list[str] | None  # one per prompt, or None where embeds take their place
     negatives: list[str] | None
+    decoder_texts: list[str] | None  # 2.1: what the U-Net reads itself, one per prompt
     embeds: ImageEmbeds | None
     num_prompts: int
     images_per_prompt: int
@@ -64,8 +65,13 @@ class Requests(Embedding):
         guidance_scale = arguments.number(guidance_scale, "guidance_scale")
         texts, given = self._prompts_or_embeds(prompt, embeds, negative_prompt)
         lengths = {name: len(items) for name, items in lists.items() if items is not None}
-        count = arguments.batch(**{"prompts" if texts else "embeds": given}, **lengths)
+        decoder_texts = None
+        if self.unet_config.text:
+            decoder_texts = texts or arguments.prompts(prompt)
+            lengths["prompts"] = len(decoder_texts)
+        count = arguments.batch(**{"prompts" if texts else "embeds": given} | lengths)
         texts = texts and texts * (count // given)
+        decoder_texts = decoder_texts and decoder_texts * (count // len(decoder_texts))
         negatives = arguments.negative_prompts(negative_prompt, count)
         f = self.movq_config.downscale
         full_size = (-(-height // f**2) * f**2, -(-width // f**2) * f**2)
@@ -75,20 +81,20 @@ class Requests(Embedding):
         prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_") if texts else None
         needs_movq = output_type != "latent" or "pictures" in lists
         needed = (["text_encoder", "prior"] if texts else []) + ["unet"] + (["movq"] if needs_movq else [])
-        self.check_files(*needed)
+        self.check_files(*needed, *(["decoder_text_encoder"] if decoder_texts else []))
         if guidance_scale > 1 and (negatives if texts else embeds.negative_image_embeds) is None:
             self.check_zero_image()
-        words = (texts, negatives, embeds, count, images_per_prompt, prior_settings, guidance_scale)
+        words = (texts, negatives, decoder_texts, embeds, count, images_per_prompt, prior_settings)
+        words = (*words, guidance_scale)
         return Request(*words, (height, width), full_size, shape, latents, output_type, (on_step, progress))
 
     def _check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder
-        if config.text:  # its U-Net stands alone; its text tower is not written yet
-            raise CheckpointError(f"{name} is a 2.1 decoder, which cannot be drawn with yet; use a 2.2 one")
+        family = "kandinsky-2-1" if config.text else "kandinsky-2-2-decoder"
         inpaints = config.in_channels > config.latent_channels and not config.hint
         if inpaints != (task == "inpaint"):
             own = "for inpainting" if inpaints else "not for inpainting"
-            needed = "kandinsky-2-2-decoder" + ("" if inpaints else "-inpaint")
+            needed = family + ("" if inpaints else "-inpaint")
             raise CheckpointError(f"{name} is {own}; use {needed} for {task}")
         if config.hint and hint is None:
             raise CheckpointError(f"{name} needs a hint; pass hint=, or use kandinsky-2-2-decoder for {task}")
@@ -109,7 +115,10 @@ class Requests(Embedding):
                 needed = f"{self.decoder_folder} needs {self.unet_config.image_dim}"
                 raise CheckpointError(f"the prior makes embeddings of width {dim}; {needed}")
             return texts, len(texts)
-        if prompt is not None or negative_prompt is not None:
+        if self.unet_config.text:
+            if prompt is None:
+                raise ValueError("2.1's decoder reads the prompt itself; give it beside the embeds")
+        elif prompt is not None or negative_prompt is not None:
             raise ValueError("give either prompts or embeds: the prompts are in the embeds already")
         if not isinstance(embeds, ImageEmbeds):
             given = f"embeds is a {type(embeds).__name__}"

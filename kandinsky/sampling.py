@@ -116,6 +116,7 @@ def sample_latents(
     timesteps: list[tuple[int, int]],
     guidance_scale: float,
     hint: Tensor | None = None,
+    texts: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Step]:
     """From noise, or from a noised picture's latents, to latents.
 
@@ -125,10 +126,13 @@ def sample_latents(
         draw: gives the next noise, (b, 4, h, w).
         timesteps: (t, t_prev) pairs from the scheduler.
         hint: (b, 3, 8h, 8w) in [0, 1], for a U-Net with a hint network.
+        texts: for 2.1, its own text tower's embeddings and states, (rows, d) and (rows, n, c), rows as many
+            as those of image_embeds.
     """
     num_uncond = len(image_embeds) - len(x)
     hint = None if hint is None else torch.cat([hint[:num_uncond], hint])
-    plan, earlier = unet.prepare(image_embeds, [t for t, _ in timesteps], hint), None
+    plan = unet.prepare(image_embeds, [t for t, _ in timesteps], hint, *(texts or (None, None)))
+    earlier = None
     for index, (t, t_prev) in enumerate(timesteps):
         eps, variance = unet.step(torch.cat([x[:num_uncond], x]), plan, index).chunk(2, dim=1)
         eps = guide(eps, num_uncond, guidance_scale)
@@ -149,6 +153,7 @@ def sample_inpainting(
     guidance_scale: float,
     z: Tensor,
     keep: Tensor,
+    texts: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Step]:
     """From noise to latents that are the picture's where these are kept.
 
@@ -159,7 +164,8 @@ def sample_inpainting(
     """
     num_uncond, start = len(image_embeds) - len(x), x
     known = torch.cat([z * keep, keep], dim=1)
-    plan, earlier = unet.prepare(image_embeds, [t for t, _ in timesteps]), None
+    plan = unet.prepare(image_embeds, [t for t, _ in timesteps], None, *(texts or (None, None)))
+    earlier = None
     levels = [t for t, _ in timesteps[1:]]  # that the sample has after each step but the last
     for index, (t, t_prev) in enumerate(timesteps):
         rows = torch.cat([x, known], dim=1)
@@ -168,6 +174,7 @@ def sample_inpainting(
         noise = draw() if scheduler.draws_noise(t, t_prev) else None
         x, x0 = scheduler.step(eps, x, t, t_prev, noise, variance[num_uncond:], earlier)
         earlier = (t, x0)
-        kept = scheduler.add_noise(z, start, levels[index]) if index < len(levels) else z
-        x = keep * kept + (1 - keep) * x
+        if texts is None:  # 2.1 does not put the known latents back, here as in diffusers
+            kept = scheduler.add_noise(z, start, levels[index]) if index < len(levels) else z
+            x = keep * kept + (1 - keep) * x
         yield Step(index, len(timesteps), t, x, x0)

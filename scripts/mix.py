@@ -67,8 +67,8 @@ def mix(pipe, call: dict, inputs: dict, weights: list[float]) -> ImageEmbeds:
 
 
 def draw_mixture(pipe, call, inputs):
-    embeds = mix(pipe, call, inputs, call["weights"])
-    return pipe.text2img(embeds=embeds, seed=pipe.seeds, **decoder_call(call), progress=True)
+    embeds, words = mix(pipe, call, inputs, call["weights"]), drawing.beside_embeds(pipe)
+    return pipe.text2img(words, embeds=embeds, seed=pipe.seeds, **decoder_call(call), progress=True)
 
 
 def draw_frames(pipe, call, inputs):
@@ -78,7 +78,8 @@ def draw_frames(pipe, call, inputs):
     frames, seeds = [], pipe.seeds
     for share in torch.linspace(0, 1, call["frames"]):
         between = ImageEmbeds(torch.lerp(first[0], last[0], share), first[1])
-        frames += pipe.text2img(embeds=between, seed=seeds, **decoder_call(call), progress=True)
+        words = drawing.beside_embeds(pipe)
+        frames += pipe.text2img(words, embeds=between, seed=seeds, **decoder_call(call), progress=True)
     return frames
 
 

@@ -19,7 +19,8 @@ def make_parser():
 
 def vary(pipe, call, inputs):
     embeds = ImageEmbeds(pipe.embed_image(inputs.pop("image")))
-    return pipe.text2img(embeds=embeds, **call, **inputs, progress=True)
+    given = call | inputs | {"prompt": drawing.beside_embeds(pipe)}
+    return pipe.text2img(embeds=embeds, **given, progress=True)
 
 
 @cli.one_line_errors

@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, VQModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
 from transformers import (
     CLIPImageProcessor,
@@ -100,14 +107,8 @@ def write_checkpoints(
 
     Three levels in both networks, so f = 4 and pictures are made at multiples of 16.
     """
-    prior, decoder = folder / "kandinsky-2-2-prior", folder / "kandinsky-2-2-decoder"
-    reference_prior(seed).save_pretrained(prior / "prior")
-    reference_text_encoder(seed).save_pretrained(prior / "text_encoder")
-    reference_image_encoder(seed).save_pretrained(prior / "image_encoder")
-    write_tokenizer(prior / "tokenizer")
-    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24).save_pretrained(prior / "image_processor")
-    unclip = {"prediction_type": "sample", "variance_type": "fixed_small_log", "clip_sample_range": 10.0}
-    UnCLIPScheduler(**unclip).save_pretrained(prior / "scheduler")
+    decoder = folder / "kandinsky-2-2-decoder"
+    write_prior(folder / "kandinsky-2-2-prior", seed)
     reference_unet(in_channels, hint, seed).save_pretrained(decoder / "unet")
     reference_movq(3, seed).save_pretrained(decoder / "movq")
     DDPMScheduler(**{**SCHEDULER, **scheduler}).save_pretrained(decoder / "scheduler")
@@ -121,3 +122,31 @@ def write_multilingual_tokenizer(folder: Path) -> Path:
     scores = [(piece, -float(index)) for index, piece in enumerate(pieces)]
     XLMRobertaTokenizer(vocab=scores).save_pretrained(folder)
     return folder
+
+
+def write_prior(prior: Path, seed: int = 0) -> None:
+    reference_prior(seed).save_pretrained(prior / "prior")
+    reference_text_encoder(seed).save_pretrained(prior / "text_encoder")
+    reference_image_encoder(seed).save_pretrained(prior / "image_encoder")
+    write_tokenizer(prior / "tokenizer")
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=24).save_pretrained(prior / "image_processor")
+    unclip = {"prediction_type": "sample", "variance_type": "fixed_small_log", "clip_sample_range": 10.0}
+    UnCLIPScheduler(**unclip).save_pretrained(prior / "scheduler")
+
+
+def write_checkpoints_2_1(folder: Path, seed: int = 0, inpaint: bool = False) -> Path:
+    """The same of 2.1, with both of its schedulers; returns the decoder's folder."""
+    decoder = folder / f"kandinsky-2-1{'-inpaint' * inpaint}"
+    write_prior(folder / "kandinsky-2-1-prior", seed)
+    form = {"encoder_hid_dim": 48, "encoder_hid_dim_type": "text_image_proj"}
+    form |= {"addition_embed_type": "text_image", "cross_attention_dim": EMBEDDING_DIM}
+    reference_unet(9 if inpaint else 4, seed=seed, **form).save_pretrained(decoder / "unet")
+    reference_movq(3, seed).save_pretrained(decoder / "movq")
+    reference_multilingual(seed).save_pretrained(decoder / "text_encoder")
+    write_multilingual_tokenizer(decoder / "tokenizer")
+    fixed = {"set_alpha_to_one": False, "prediction_type": "epsilon"}
+    DDIMScheduler(**SCHEDULER, **fixed).save_pretrained(decoder / "scheduler")
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "variance_type": "learned_range"}
+    settings |= {"thresholding": True, "sample_max_value": 2.0}
+    DDPMScheduler(**settings).save_pretrained(decoder / "ddpm_scheduler")
+    return decoder

@@ -83,7 +83,7 @@ def test_a_drawn_seed_is_printed_and_repeats_the_picture(decoder_folder, tmp_pat
         (["cat", "--out", "picture.gif"], "picture.gif: cannot write .gif; use .png, .jpg, .jpeg, .webp"),
         (["cat", "--out", "DECODER/unet/config.json/out.png"], "is not a folder that can be written to"),
         (["cat", "--weights", "nowhere"], "decoder: no folder at 'nowhere'"),
-        (["cat", "--weights", "2.1"], "2.1 cannot be drawn yet; use 2.2"),
+        (["cat", "--weights", "2.1"], "python scripts/download_weights.py 2.1"),
         (["cat", "--weights", "2.2"], "python scripts/download_weights.py 2.2"),
         (["cat", "--weights", "DECODER", "--prior", "nowhere"], "prior: no folder at 'nowhere'"),
         (["cat", "--weights", "DECODER", "--steps", "0"], "num_inference_steps is 0; allowed is 1 to 1000"),

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 
-from kandinsky import ImageEmbeds, Kandinsky
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.config import TEXT_INPAINT_UNET, TEXT_UNET, UNetConfig, read_config
 from kandinsky.random_weights import file_size, layout
 from kandinsky.unet import UNet
 from tests.helpers import SHARED, randn, relative_l2
-from tests.small import ours, reference_unet, write_checkpoints
+from tests.small import ours, reference_unet
 
 TEXT_DIM, DIM = 40, 24
 FORM = {"encoder_hid_dim": TEXT_DIM, "encoder_hid_dim_type": "text_image_proj"}
@@ -95,11 +94,3 @@ def test_released_config_keys_and_size_are_the_published_ones(name, size):
         k: list(s) for k, (s, _) in tensors.items()
     }
     assert file_size(tensors) == size
-
-
-def test_drawing_with_a_decoder_of_2_1_is_refused_by_name(tmp_path):
-    decoder = write_checkpoints(tmp_path)
-    reference_unet(**FORM).save_pretrained(decoder / "unet")
-    pipe = Kandinsky.from_pretrained(decoder)
-    with pytest.raises(CheckpointError, match="is a 2.1 decoder, which cannot be drawn with yet"):
-        pipe.text2img(embeds=ImageEmbeds(randn(1, DIM)))
