@@ -1,6 +1,7 @@
 """The prior's networks and the MoVQ of 2.1: the published configs give the published tensors."""
 
 import json
+import re
 
 import pytest
 
@@ -8,7 +9,7 @@ from kandinsky.config import read_config
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
-from kandinsky.random_weights import layout
+from kandinsky.random_weights import file_size, layout
 from tests.helpers import SHARED
 
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the project's documents are not here")
@@ -34,3 +35,6 @@ def test_names_and_shapes_are_the_published_ones(name, network):
     assert {key: json.loads(shape) for key, shape, *_ in rows} == {
         k: list(s) for k, (s, _) in tensors.items()
     }
+    if network is not CLIPImageEncoder:  # 2.2's is float16, 2.1's float32
+        predicted = re.search(r"predicted safetensors size.*?\)=(\d+)", "\n".join(lines))
+        assert file_size(tensors) == int(predicted[1])
