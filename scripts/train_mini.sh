@@ -18,20 +18,20 @@ train train_clip --stage teacher --out "$out/clip" --steps 5200 --decay 0.5 --le
     --picture-weight 20
 train train_clip --stage text --out "$out/clip" --steps 900 --decay 0.5 --learning-rate 2e-3 --warmup 50
 
-# 3. Prior and decoder, from the teacher's embeddings.
-train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 60000 --steps 10000 --decay 0.5 \
-    --learning-rate 1.2e-3
-train train_decoder --clip "$out/clip" --movq "$out/movq-crops" --out "$out/mini-decoder" --count 60000 \
-    --steps 15000 --decay 0.5 --embedding-noise 0.15 --learning-rate 1.2e-3
+# 3. Prior and decoder, from the teacher's embeddings; the text tower learns with the prior what belongs to what.
+train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 50000 --steps 10000 --batch-size 128 \
+    --noises 4 --train-text --decay 0.5 --learning-rate 1.2e-3
+train train_decoder --clip "$out/clip" --movq "$out/movq-crops" --out "$out/mini-decoder" --count 30000 \
+    --steps 9000 --decay 0.5 --embedding-noise 0.15 --learning-rate 1.2e-3
 
 # 4. The image tower learns the teacher's embeddings.
 train train_clip --stage image --out "$out/clip" --steps 5000 --decay 0.5
 
 # 5. No further step: puts the finished tower and the finished autoencoder into the two repositories.
-train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 60000 --steps 10000
-train train_decoder --clip "$out/clip" --movq "$out/movq" --out "$out/mini-decoder" --count 60000 --steps 15000
+train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 50000 --steps 10000 --train-text
+train train_decoder --clip "$out/clip" --movq "$out/movq" --out "$out/mini-decoder" --count 30000 --steps 9000
 
 # 6. The same decoder for inpainting and for depth hints.
 start="--clip $out/clip --movq $out/movq --init $out/mini-decoder --steps 3000 --embedding-noise 0.15"
-train train_decoder $start --task inpaint --out "$out/mini-decoder-inpaint" --count 60000
-train train_decoder $start --task hint --out "$out/mini-controlnet-depth" --count 20000
+train train_decoder $start --task inpaint --out "$out/mini-decoder-inpaint" --count 30000
+train train_decoder $start --task hint --out "$out/mini-controlnet-depth" --count 12000
