@@ -1,7 +1,26 @@
 """The README's Python runs as written, on small weights."""
 
+import inspect
 import re
+import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+import pytest
+import torch
+
+from kandinsky import MoVQ, Prior, UNet
+from kandinsky.config import (
+    HINT_UNET,
+    TEXT_UNET,
+    CLIPImageConfig,
+    CLIPTextConfig,
+    MoVQConfig,
+    MultilingualConfig,
+    PriorConfig,
+    UNetConfig,
+)
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -23,6 +42,58 @@ def test_the_python_blocks_run_one_after_the_other(decoder_folder, tmp_path, mon
 
 def test_every_file_of_the_package_is_in_the_table_and_the_other_way_round():
     package = Path(__file__).resolve().parents[1] / "kandinsky"
-    table = README[README.index("## Files") : README.index("## Where calls differ")]
+    table = README[README.index("## Files") : README.index("## Which weight")]
     named = set(re.findall(r"`(?:kandinsky/)?(\w+\.py)`", table))
     assert named == {path.name for path in package.glob("*.py")} - {"__init__.py"}
+
+
+ROWS = [
+    [part.strip() for part in line.strip("|").split(" | ")]
+    for line in README[README.index("## Which weight") : README.index("## Where calls differ")].splitlines()
+    if line.startswith("| ") and "names begin with" not in line
+]
+NETWORKS = {
+    "prior": [(Prior, PriorConfig())],
+    "unet": [(UNet, UNetConfig()), (UNet, HINT_UNET), (UNet, TEXT_UNET)],
+    "movq": [(MoVQ, MoVQConfig())],
+    "text_encoder": [(CLIPTextEncoder, CLIPTextConfig())],
+    "image_encoder": [(CLIPImageEncoder, CLIPImageConfig())],
+    "text_encoder, 2.1's decoder": [(MultilingualCLIP, MultilingualConfig())],
+}
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall("`([^`]+)`", text)
+
+
+@pytest.mark.parametrize("folder", NETWORKS)
+def test_every_published_name_is_mapped_to_its_class_and_the_line_that_uses_it(folder):
+    """The networks' names are the published ones, tested elsewhere."""
+    rows, fits = [row[1:] for row in ROWS if row[0] == folder], {}
+    for network, config in NETWORKS[folder]:
+        with torch.device("meta"):
+            model = network(config)
+        modules = dict(model.named_modules()) | dict(model.named_parameters())
+        numbered = {
+            re.sub(r"\.\d+(?=\.|$)", ".N", name): type(found).__name__ for name, found in modules.items()
+        }
+        for key in model.state_dict():
+            key = re.sub(r"\.\d+(?=\.|$)", ".N", key)
+            found = [
+                p for p, *_ in rows for p in quoted(p) if fnmatchcase(key, p) or fnmatchcase(key, f"{p}.*")
+            ]
+            assert found, f"{key} is in no row"
+        for prefixes, *_ in rows:
+            for prefix in quoted(prefixes):
+                kinds = {kind for name, kind in numbered.items() if fnmatchcase(name, prefix)}
+                fits[prefix] = fits.get(prefix, set()) | kinds
+    module = sys.modules[NETWORKS[folder][0][0].__module__]
+    for prefixes, classes, used in rows:
+        given = set().union(*(fits[prefix] for prefix in quoted(prefixes)))
+        assert given == set(quoted(classes)), prefixes
+        for place in quoted(used):
+            owner, method = place.split(".")
+            source = inspect.getsource(getattr(getattr(module, owner), method))
+            for prefix in quoted(prefixes):
+                attribute = prefix.removesuffix(".N").split(".")[-1]
+                assert f"self.{attribute}" in source or attribute in source, (place, prefix)
