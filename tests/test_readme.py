@@ -4,8 +4,10 @@ import inspect
 import re
 import sys
 from fnmatch import fnmatchcase
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +39,13 @@ def test_the_python_blocks_run_one_after_the_other(decoder_folder, tmp_path, mon
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block.replace("1280", "32"), scope)  # the small checkpoint's width
     assert len(scope["images"]) == 2 and scope["pixels"].shape[1] == 3
+    assert (
+        scope["z0"].shape == (1, 4, 64, 64)
+        and scope["change"] > 0
+        and scope["other"].prior is scope["pipe"].prior
+    )
+    drawn = [np.asarray(scope[name]) for name in ("linear", "watercolour", "churned")]
+    assert all((a != b).any() for a, b in combinations(drawn, 2))
     assert scope["out"].shape == (1, 8, 64, 64) and (tmp_path / "my-unet" / "config.json").exists()
 
 
