@@ -1,7 +1,8 @@
 """Shows a network's architecture as a tree: shapes, parameters, operations and outputs. Needs no weights.
 
-NAME is prior, unet, inpaint, hint, movq, text_encoder or image_encoder of the released 2.2, or unet-2.1 or
-inpaint-2.1; or give a folder: one network's, or a whole repository's.
+NAME is prior, unet, inpaint, hint, movq, text_encoder or image_encoder of the released 2.2, or one of 2.1's:
+unet-2.1, inpaint-2.1, decoder_text_encoder-2.1, prior-2.1, text_encoder-2.1, image_encoder-2.1 (its MoVQ is
+2.2's); or give a folder: one network's, or a whole repository's.
 """
 
 import json
@@ -17,8 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky import MoVQ, Prior, UNet, cli, random_weights
 from kandinsky.checkpoint import read_json
-from kandinsky.config import TEXT_INPAINT_UNET, TEXT_UNET
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from kandinsky.config import (
+    TEXT_INPAINT_UNET,
+    TEXT_UNET,
+    CLIPImageConfig,
+    CLIPTextConfig,
+    MultilingualConfig,
+    PriorConfig,
+)
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 
 SIZES = random_weights.SIZES["released"]
 RELEASED = {  # name: (class, config)
@@ -31,6 +39,10 @@ RELEASED = {  # name: (class, config)
     "image_encoder": (CLIPImageEncoder, SIZES.image_encoder),
     "unet-2.1": (UNet, TEXT_UNET),
     "inpaint-2.1": (UNet, TEXT_INPAINT_UNET),
+    "decoder_text_encoder-2.1": (MultilingualCLIP, MultilingualConfig()),
+    "prior-2.1": (Prior, PriorConfig(embedding_dim=768)),
+    "text_encoder-2.1": (CLIPTextEncoder, CLIPTextConfig(49408, 77, 768, 12, 12, 3072, 768, True)),
+    "image_encoder-2.1": (CLIPImageEncoder, CLIPImageConfig(224, 14, 1024, 24, 16, 4096, 768, True)),
 }
 KINDS = {  # what a config.json calls itself
     "PriorTransformer": Prior,
@@ -38,6 +50,8 @@ KINDS = {  # what a config.json calls itself
     "VQModel": MoVQ,
     "clip_text_model": CLIPTextEncoder,
     "clip_vision_model": CLIPImageEncoder,
+    "xlm-roberta": MultilingualCLIP,
+    "M-CLIP": MultilingualCLIP,
 }
 
 
@@ -118,8 +132,8 @@ def run(model: nn.Module, pixels: int) -> Any:
     if isinstance(model, MoVQ):
         side = -(-pixels // config.downscale) * config.downscale
         return model.decode(model.encode(rand(1, 3, side, side)))
-    if isinstance(model, CLIPTextEncoder):
-        return model(torch.zeros(1, config.max_positions, dtype=torch.long, device="meta"))
+    if isinstance(model, (CLIPTextEncoder, MultilingualCLIP)):
+        return model(torch.zeros(1, 77, dtype=torch.long, device="meta"))
     return model(rand(1, 3, config.image_size, config.image_size))
 
 
