@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaTokenizerFast,
 )
 
-from kandinsky import ImageEmbeds, Kandinsky
+from kandinsky import ImageEmbeds, Kandinsky, lora
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.encoders import MultilingualTokenizer
 from tests import small
@@ -197,6 +197,24 @@ def test_scripts_draw_and_repeat_their_pictures(folders, tmp_path, monkeypatch, 
     files = given[given.index("--image") :] if "--image" in given else []
     assert run(script, "--from-png", "a.png", *weights, *files, "--out", "b.png") == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_loras_and_rewrites_go_on_and_come_off(folders, tmp_path):
+    pipe = Kandinsky.from_pretrained(folders["text2img"])
+    draw = lambda: pipe.text2img(PROMPT, embeds=embeds_of(), seed=0, **OURS)  # noqa: E731
+    plain = draw()
+    lora.add_lora(pipe.unet, 2)
+    for parameter in lora.lora_parameters(pipe.unet):
+        parameter.data.copy_(randn(*parameter.shape, seed=parameter.numel()) / 10)
+    lora.save_lora(pipe.unet, tmp_path / "lora.safetensors")
+    changed = draw()
+    pipe.unload_lora()
+    pipe.optimize()
+    pipe.load_lora(tmp_path / "lora.safetensors")
+    assert relative_l2(draw(), changed) <= 1e-4 < relative_l2(changed, plain)
+    pipe.restore()
+    pipe.unload_lora()
+    assert torch.equal(draw(), plain)
 
 
 def test_networks_are_freed_and_read_again(folders):
