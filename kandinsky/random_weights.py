@@ -28,9 +28,12 @@ from kandinsky.checkpoint import (
 from kandinsky.config import (
     HINT_UNET,
     INPAINT_UNET,
+    TEXT_INPAINT_UNET,
+    TEXT_UNET,
     CLIPImageConfig,
     CLIPTextConfig,
     MoVQConfig,
+    MultilingualConfig,
     PriorConfig,
     UNetConfig,
 )
@@ -39,9 +42,9 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCL
 from kandinsky.images import CLIP_MEAN, CLIP_STD
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
-from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler, to_config
+from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, UnCLIPScheduler, to_config
 from kandinsky.unet import UNet
-from kandinsky.vocabulary import write_vocabulary
+from kandinsky.vocabulary import END, write_vocabulary
 
 PIECE = 2**22  # numbers drawn and written at a time
 RECORD = "random.json"  # says of a folder that its weights were drawn here, and how
@@ -54,7 +57,7 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(frozen=True)
 class Size:
-    """The networks of a checkpoint."""
+    """The networks of a checkpoint. decoder_text_encoder: 2.1's second text tower."""
 
     unet: UNetConfig = UNetConfig()
     inpaint: UNetConfig = INPAINT_UNET
@@ -63,6 +66,7 @@ class Size:
     prior: PriorConfig = PriorConfig()
     text_encoder: CLIPTextConfig = CLIPTextConfig()
     image_encoder: CLIPImageConfig = CLIPImageConfig()
+    decoder_text_encoder: MultilingualConfig | None = None
 
 
 def _small() -> Size:
@@ -84,15 +88,71 @@ def _small() -> Size:
     )
 
 
+def _small_2_1() -> Size:
+    size = _small()
+    unet = replace(size.unet, context_dim=32, embedding_dim=48, text=True)
+    return replace(
+        size,
+        unet=unet,
+        inpaint=replace(unet, in_channels=9),
+        text_encoder=replace(size.text_encoder, quick_gelu=True),
+        image_encoder=replace(size.image_encoder, quick_gelu=True),
+        decoder_text_encoder=MultilingualConfig(
+            300, 130, width=48, num_layers=3, num_heads=4, mlp_width=96, projection_dim=32
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Where a part is published. unet: the field of Size with its U-Net; a prior has none."""
+
+    folder: str
+    pipeline: str
+    schedulers: dict[str, Scheduler]  # by subfolder, the first in `model_index.json`
+    unet: str | None = None
+
+
 SIZES = {"released": Size(), "small": _small()}
-# part: (repository, pipeline class, whether the decoder's scheduler clips, the field of Size with its U-Net)
-DECODERS = {
-    "decoder": ("kandinsky-2-2-decoder", "KandinskyV22Pipeline", True, "unet"),
-    "inpaint": ("kandinsky-2-2-decoder-inpaint", "KandinskyV22InpaintPipeline", False, "inpaint"),
-    "controlnet-depth": ("kandinsky-2-2-controlnet-depth", "KandinskyV22ControlnetPipeline", True, "hint"),
+SIZES_2_1 = {
+    "released": Size(
+        TEXT_UNET,
+        TEXT_INPAINT_UNET,
+        prior=PriorConfig(embedding_dim=768),
+        text_encoder=CLIPTextConfig(49408, 77, 768, 12, 12, 3072, 768, True),
+        image_encoder=CLIPImageConfig(224, 14, 1024, 24, 16, 4096, 768, True),
+        decoder_text_encoder=MultilingualConfig(),
+    ),
+    "small": _small_2_1(),
 }
-PARTS = ("prior", *DECODERS)
-PRIOR_FOLDER = "kandinsky-2-2-prior"
+_PRIOR = {"scheduler": UnCLIPScheduler()}
+_DDPM, _UNCLIPPED = {"scheduler": DDPMScheduler()}, {"scheduler": DDPMScheduler(clip_sample=False)}
+_DDIM = {"scheduler": DDIMScheduler()}
+_LEARNED = DDPMScheduler(
+    clip_sample=False,
+    clip_sample_range=2.0,
+    thresholding=True,
+    sample_max_value=2.0,
+    steps_offset=0,
+    variance_type="learned_range",
+)
+REPOSITORIES = {
+    "prior": Repository("kandinsky-2-2-prior", "KandinskyV22PriorPipeline", _PRIOR),
+    "decoder": Repository("kandinsky-2-2-decoder", "KandinskyV22Pipeline", _DDPM, "unet"),
+    "inpaint": Repository(
+        "kandinsky-2-2-decoder-inpaint", "KandinskyV22InpaintPipeline", _UNCLIPPED, "inpaint"
+    ),
+    "controlnet-depth": Repository(
+        "kandinsky-2-2-controlnet-depth", "KandinskyV22ControlnetPipeline", _DDPM, "hint"
+    ),
+}
+REPOSITORIES_2_1 = {
+    "prior": Repository("kandinsky-2-1-prior", "KandinskyPriorPipeline", _PRIOR),
+    "decoder": Repository("kandinsky-2-1", "KandinskyPipeline", _DDIM | {"ddpm_scheduler": _LEARNED}, "unet"),
+    # published under the name of the pipeline that it is not for
+    "inpaint": Repository("kandinsky-2-1-inpaint", "KandinskyPipeline", _DDIM, "inpaint"),
+}
+MODELS = {"2.2": (REPOSITORIES, SIZES), "2.1": (REPOSITORIES_2_1, SIZES_2_1)}
 
 
 def make(
@@ -101,6 +161,7 @@ def make(
     parts: tuple[str, ...] = ("prior", "decoder"),
     seed: int = 0,
     say: Callable[[str], Any] = print,
+    model: str = "2.2",
 ) -> list[Path]:
     """Writes whole repositories in the published layout into `out`; returns their folders.
 
@@ -108,18 +169,28 @@ def make(
 
     Args:
         size: "released" or "small".
-        parts: of "prior", "decoder", "inpaint", "controlnet-depth".
+        parts: of "prior", "decoder", "inpaint" and, of 2.2 alone, "controlnet-depth".
+        model: "2.2" or "2.1".
 
     Raises:
+        ValueError: the model has no such part.
         CheckpointError: a folder is there that was not made here, or with another size or seed.
         OSError: no space; said before anything is written.
     """
     out, record = Path(out), {"size": size, "seed": seed}
-    folders = {part: out / (PRIOR_FOLDER if part == "prior" else DECODERS[part][0]) for part in parts}
+    repositories, sizes = MODELS[model]
+    for part in parts:
+        if part not in repositories:
+            raise ValueError(f"{model} has no {part}; it has {', '.join(repositories)}")
+    folders = {part: out / repositories[part].folder for part in parts}
     for folder in folders.values():
         _check_free(folder, record)
     out.mkdir(parents=True, exist_ok=True)
-    networks = [(folders[part] / n, network, c) for part in parts for n, network, c in _networks(part, size)]
+    networks = [
+        (folders[part] / name, network, config)
+        for part in parts
+        for name, network, config in networks_of(repositories[part], sizes[size])
+    ]
     needed = sum(
         file_size(layout(network, config))
         for folder, network, config in networks
@@ -130,7 +201,7 @@ def make(
         write_json(record, folder / RECORD)
         for leftover in folder.rglob(".*.safetensors"):  # of a run that was killed
             leftover.unlink()
-        _write_small_files(folder, part, SIZES[size])
+        write_small_files(folder, repositories[part], sizes[size])
     for folder, network, config in networks:
         write_network(folder, network, config, seed, say)
     if "prior" in folders:
@@ -142,7 +213,9 @@ def layout(network: type, config: Any) -> Layout:
     """Shape and dtype of every tensor in the official file, in the file's order."""
     with torch.device("meta"):
         model = network(config)
-    dtype = torch.float16 if network is CLIPImageEncoder else torch.float32
+    # 2.2's image tower is published in half precision; 2.1's, which has another activation, is not
+    is_half = network is CLIPImageEncoder and not config.quick_gelu
+    dtype = torch.float16 if is_half else torch.float32
     found: Layout = {name: (tuple(t.shape), dtype) for name, t in model.state_dict().items()}
     if network is CLIPTextEncoder:  # old transformers saved these, and the official files have them
         found["text_model.embeddings.position_ids"] = ((1, config.max_positions), torch.int64)
@@ -213,9 +286,20 @@ def write_network(folder: Path, network: type, config: Any, seed: int, say: Call
     write_json(config.published() | _version(config), folder / "config.json")
 
 
-def write_tokenizer(folder: Path, vocab_size: int = 519) -> Path:
+def write_tokenizer(folder: Path, vocab_size: int = 519, pad: str = END) -> Path:
     """A byte-level CLIP tokenizer with a few merges; the two special tokens have the highest ids."""
-    write_vocabulary(MERGES, folder, vocab_size)
+    write_vocabulary(MERGES, folder, vocab_size, pad)
+    return folder
+
+
+def write_multilingual_tokenizer(folder: Path) -> Path:
+    """An XLM-RoBERTa tokenizer of a few pieces and every letter of three scripts."""
+    from transformers import XLMRobertaTokenizer
+
+    letters = [chr(c) for c in (*range(97, 123), *range(0x430, 0x450), *range(0x3042, 0x3060))]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁cat", "▁кот", *letters, "<mask>"]
+    scores = [(piece, -float(index)) for index, piece in enumerate(pieces)]
+    XLMRobertaTokenizer(vocab=scores).save_pretrained(folder)
     return folder
 
 
@@ -234,38 +318,45 @@ def preprocessor(image_size: int) -> dict[str, Any]:
     }
 
 
-def _networks(part: str, size: str) -> list[tuple[str, type, Any]]:
-    sizes = SIZES[size]
-    if part != "prior":
-        return [("unet", UNet, getattr(sizes, DECODERS[part][3])), ("movq", MoVQ, sizes.movq)]
-    towers = [("text_encoder", CLIPTextEncoder), ("image_encoder", CLIPImageEncoder)]
-    return [(name, network, getattr(sizes, name)) for name, network in [("prior", Prior), *towers]]
+def networks_of(repository: Repository, size: Size) -> list[tuple[str, type, Any]]:
+    """Subfolder, class and config of each network."""
+    if repository.unet is None:
+        towers = [("text_encoder", CLIPTextEncoder), ("image_encoder", CLIPImageEncoder)]
+        return [(name, network, getattr(size, name)) for name, network in [("prior", Prior), *towers]]
+    found = [("unet", UNet, getattr(size, repository.unet)), ("movq", MoVQ, size.movq)]
+    if size.decoder_text_encoder is not None:
+        found.append(("text_encoder", MultilingualCLIP, size.decoder_text_encoder))
+    return found
 
 
-def _write_small_files(folder: Path, part: str, sizes: Size) -> None:
-    if part == "prior":
-        write_json(to_config(UnCLIPScheduler()), folder / "scheduler" / "scheduler_config.json")
+def write_small_files(folder: Path, repository: Repository, size: Size) -> None:
+    """All but networks: index, schedulers, tokenizer, preprocessing."""
+    for name, scheduler in repository.schedulers.items():
+        write_json(to_config(scheduler), folder / name / "scheduler_config.json")
+    scheduler = type(repository.schedulers["scheduler"]).__name__
+    parts = {"scheduler": ("diffusers", scheduler)}
+    is_2_1 = size.decoder_text_encoder is not None
+    if repository.unet is None:
         write_json(
-            preprocessor(sizes.image_encoder.image_size), folder / "image_processor/preprocessor_config.json"
+            preprocessor(size.image_encoder.image_size), folder / "image_processor/preprocessor_config.json"
         )
-        write_tokenizer(folder / "tokenizer", sizes.text_encoder.vocab_size)
-        parts = {"prior": ("diffusers", "PriorTransformer"), "scheduler": ("diffusers", "UnCLIPScheduler")}
+        pad = {"pad": "!"} if is_2_1 else {}
+        write_tokenizer(folder / "tokenizer", size.text_encoder.vocab_size, **pad)
+        parts |= {"prior": ("diffusers", "PriorTransformer")}
         parts |= {"text_encoder": ("transformers", "CLIPTextModelWithProjection")}
         parts |= {"image_encoder": ("transformers", "CLIPVisionModelWithProjection")}
-        parts |= {name: ("transformers", f"CLIP{cls}") for name, cls in _PROCESSORS.items()}
-        pipeline = "KandinskyV22PriorPipeline"
+        parts |= {"tokenizer": ("transformers", "CLIPTokenizer")}
+        parts |= {"image_processor": ("transformers", "CLIPImageProcessor")}
     else:
-        _, pipeline, clips, _ = DECODERS[part]
-        write_json(
-            to_config(DDPMScheduler(clip_sample=clips)), folder / "scheduler" / "scheduler_config.json"
-        )
-        parts = {"scheduler": "DDPMScheduler", "unet": "UNet2DConditionModel", "movq": "VQModel"}
-        parts = {name: ("diffusers", cls) for name, cls in parts.items()}
-    index = {"_class_name": pipeline, "_diffusers_version": _DIFFUSERS, **parts}
+        parts |= {"unet": ("diffusers", "UNet2DConditionModel"), "movq": ("diffusers", "VQModel")}
+        if is_2_1:
+            write_multilingual_tokenizer(folder / "tokenizer")
+            parts |= {"text_encoder": ("kandinsky", "MultilingualCLIP")}  # a module inside diffusers
+            parts |= {"tokenizer": ("transformers", "XLMRobertaTokenizerFast")}
+    index = {"_class_name": repository.pipeline, "_diffusers_version": _DIFFUSERS, **parts}
     write_json(index, folder / "model_index.json")
 
 
-_PROCESSORS = {"tokenizer": "Tokenizer", "image_processor": "ImageProcessor"}
 _DIFFUSERS = "0.17.0.dev0"  # the version that the official files name
 
 

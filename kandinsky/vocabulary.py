@@ -58,11 +58,14 @@ def write_tokenizer(captions: Iterable[str], folder: Path, most: int = 1000) -> 
     return write_vocabulary(learn_merges(captions, most), folder)
 
 
-def write_vocabulary(merges: Iterable[tuple[str, str]], folder: Path, size: int | None = None) -> int:
+def write_vocabulary(
+    merges: Iterable[tuple[str, str]], folder: Path, size: int | None = None, pad: str = END
+) -> int:
     """Writes the tokenizer's folder -> the size of its vocabulary
 
     size: of a larger one, in which the ids between the merges and the two specials stand for nothing. A
         ValueError where it is too small.
+    pad: what short prompts are filled with; 2.1's file says "!", the token of id 0.
     """
     merges, symbols = list(merges), byte_symbols()
     tokens = dict.fromkeys([*symbols, *(f"{s}</w>" for s in symbols), *map("".join, merges)])
@@ -70,7 +73,7 @@ def write_vocabulary(merges: Iterable[tuple[str, str]], folder: Path, size: int 
     if size < len(tokens) + 2:
         raise ValueError(f"the vocabulary's size is {size}; at least {len(tokens) + 2} are needed")
     vocabulary = {token: i for i, token in enumerate(tokens)} | {START: size - 2, END: size - 1}
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     settings = {**special, "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
     settings |= {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     write_json(vocabulary, folder / "vocab.json")

@@ -18,17 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky import MoVQ, Prior, UNet, cli, random_weights
 from kandinsky.checkpoint import read_json
-from kandinsky.config import (
-    TEXT_INPAINT_UNET,
-    TEXT_UNET,
-    CLIPImageConfig,
-    CLIPTextConfig,
-    MultilingualConfig,
-    PriorConfig,
-)
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 
-SIZES = random_weights.SIZES["released"]
+SIZES, SIZES_2_1 = random_weights.SIZES["released"], random_weights.SIZES_2_1["released"]
 RELEASED = {  # name: (class, config)
     "prior": (Prior, SIZES.prior),
     "unet": (UNet, SIZES.unet),
@@ -37,12 +29,12 @@ RELEASED = {  # name: (class, config)
     "movq": (MoVQ, SIZES.movq),
     "text_encoder": (CLIPTextEncoder, SIZES.text_encoder),
     "image_encoder": (CLIPImageEncoder, SIZES.image_encoder),
-    "unet-2.1": (UNet, TEXT_UNET),
-    "inpaint-2.1": (UNet, TEXT_INPAINT_UNET),
-    "decoder_text_encoder-2.1": (MultilingualCLIP, MultilingualConfig()),
-    "prior-2.1": (Prior, PriorConfig(embedding_dim=768)),
-    "text_encoder-2.1": (CLIPTextEncoder, CLIPTextConfig(49408, 77, 768, 12, 12, 3072, 768, True)),
-    "image_encoder-2.1": (CLIPImageEncoder, CLIPImageConfig(224, 14, 1024, 24, 16, 4096, 768, True)),
+    "unet-2.1": (UNet, SIZES_2_1.unet),
+    "inpaint-2.1": (UNet, SIZES_2_1.inpaint),
+    "decoder_text_encoder-2.1": (MultilingualCLIP, SIZES_2_1.decoder_text_encoder),
+    "prior-2.1": (Prior, SIZES_2_1.prior),
+    "text_encoder-2.1": (CLIPTextEncoder, SIZES_2_1.text_encoder),
+    "image_encoder-2.1": (CLIPImageEncoder, SIZES_2_1.image_encoder),
 }
 KINDS = {  # what a config.json calls itself
     "PriorTransformer": Prior,

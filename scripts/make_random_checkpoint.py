@@ -10,14 +10,14 @@ from kandinsky import cli, random_weights
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("model", choices=("2.2",), help="which model")
+    parser.add_argument("model", choices=tuple(random_weights.MODELS), help="which model")
     parser.add_argument(
         "--size", choices=tuple(random_weights.SIZES), default="released", help="of the networks"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the repositories go")
     parser.add_argument(
         "--only",
-        choices=random_weights.PARTS,
+        choices=tuple(random_weights.REPOSITORIES),
         action="append",
         help="one part, may be repeated; default: prior and decoder",
     )
@@ -30,7 +30,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     start, say = time.perf_counter(), functools.partial(print, flush=True)
     parts = tuple(dict.fromkeys(args.only or ("prior", "decoder")))
-    for folder in random_weights.make(args.out, args.size, parts, args.seed, say):
+    for folder in random_weights.make(args.out, args.size, parts, args.seed, say, args.model):
         say(folder)
     say(f"{time.perf_counter() - start:.0f} s")
     return 0

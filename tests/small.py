@@ -22,11 +22,10 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    XLMRobertaTokenizer,
 )
 
 from kandinsky.config import read_config
-from kandinsky.random_weights import write_tokenizer
+from kandinsky.random_weights import write_multilingual_tokenizer, write_tokenizer
 from tests.helpers import randomize
 
 EMBEDDING_DIM = 32
@@ -113,15 +112,6 @@ def write_checkpoints(
     reference_movq(3, seed).save_pretrained(decoder / "movq")
     DDPMScheduler(**{**SCHEDULER, **scheduler}).save_pretrained(decoder / "scheduler")
     return decoder
-
-
-def write_multilingual_tokenizer(folder: Path) -> Path:
-    """A small XLM-RoBERTa tokenizer: a few pieces and every letter of three scripts."""
-    letters = [chr(c) for c in (*range(97, 123), *range(0x430, 0x450), *range(0x3042, 0x3060))]
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁a", "▁red", "▁cat", "▁кот", *letters, "<mask>"]
-    scores = [(piece, -float(index)) for index, piece in enumerate(pieces)]
-    XLMRobertaTokenizer(vocab=scores).save_pretrained(folder)
-    return folder
 
 
 def write_prior(prior: Path, seed: int = 0) -> None:

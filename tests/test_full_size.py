@@ -157,15 +157,17 @@ def test_what_diffusers_saves_loads_here_and_the_reverse(network, reference_clas
     assert all(torch.equal(theirs[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("part", random_weights.PARTS)
+@pytest.mark.parametrize("part", random_weights.REPOSITORIES)
 def test_written_files_have_the_official_byte_count(part, tmp_path):
     """Every network of every 2.2 repository, one after the other, by the size on disk."""
     files = json.loads((WEIGHTS / "manifest.json").read_text())["repositories"]
-    name = random_weights.PRIOR_FOLDER if part == "prior" else random_weights.DECODERS[part][0]
-    for subfolder, network, config in random_weights._networks(part, "released"):
+    repository = random_weights.REPOSITORIES[part]
+    for subfolder, network, config in random_weights.networks_of(
+        repository, random_weights.SIZES["released"]
+    ):
         random_weights.write_network(tmp_path / subfolder, network, config, 0, say=print)
         size = (tmp_path / subfolder / network.weights_name).stat().st_size
-        assert size == files[name]["files"][f"{subfolder}/{network.weights_name}"]["bytes"]
+        assert size == files[repository.folder]["files"][f"{subfolder}/{network.weights_name}"]["bytes"]
         shutil.rmtree(tmp_path / subfolder)
 
 
