@@ -6,7 +6,7 @@ Needs the test extra, `pip install -e '.[test]'`, imported when used.
 import torch
 from torch import Tensor, nn
 
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -37,6 +37,10 @@ def reference_for(model: nn.Module) -> nn.Module:
             kind = "Text" if isinstance(model, CLIPTextEncoder) else "Vision"
             config = getattr(transformers, f"CLIP{kind}Config")(**published)
             reference = getattr(transformers, f"CLIP{kind}ModelWithProjection")(config)
+        elif isinstance(model, MultilingualCLIP):
+            from diffusers.pipelines.kandinsky import text_encoder
+
+            reference = text_encoder.MultilingualCLIP(text_encoder.MCLIPConfig(**published))
         else:
             reference = getattr(diffusers, published["_class_name"]).from_config(published)
     return share(reference, model).eval()

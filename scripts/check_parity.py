@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kandinsky import Kandinsky, arguments, cli, random_weights, schedulers
 from kandinsky.checkpoint import write_json
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
 from kandinsky.parts import zero_image_embeds
 from kandinsky.prior import Prior
@@ -65,6 +65,7 @@ class Settings:
     dtype: torch.dtype
     pixels: int | None
     seeds: int
+    model: str = "2.2"
     decoder: Path | None = None  # else random weights in memory
     prior: Path | None = None
 
@@ -112,18 +113,30 @@ def latent_size(config: Any, settings: Settings) -> int:
 def unet_inputs(config: Any, seed: int, settings: Settings) -> tuple[Tensor | None, ...]:
     size, channels = latent_size(config, settings), 4 if config.hint else config.in_channels
     hint = randn(1, 3, 8 * size, 8 * size, seed=seed + 2) if config.hint else None
-    x, image_embeds = randn(1, channels, size, size, seed=seed), randn(1, config.embedding_dim, seed=seed + 1)
-    return x, torch.tensor([681]), image_embeds, hint
+    texts = (None, None)
+    if config.text:
+        texts = randn(1, config.image_dim, seed=seed + 3), randn(1, 77, config.embedding_dim, seed=seed + 4)
+    x, image_embeds = randn(1, channels, size, size, seed=seed), randn(1, config.image_dim, seed=seed + 1)
+    return x, torch.tensor([681]), image_embeds, hint, *texts
 
 
-def our_unet(unet: UNet, x: Tensor, t: Tensor, image_embeds: Tensor, hint: Tensor | None) -> Outputs:
-    name, plan = unet_name(unet.config), unet.prepare(image_embeds, t.tolist(), hint)
-    return {name: unet(x, t, image_embeds, hint), f"{name}, prepared": unet.step(x, plan, 0)}
+def our_unet(unet: UNet, x: Tensor, t: Tensor, image_embeds: Tensor, *others: Tensor | None) -> Outputs:
+    name, plan = unet_name(unet.config), unet.prepare(image_embeds, t.tolist(), *others)
+    return {name: unet(x, t, image_embeds, *others), f"{name}, prepared": unet.step(x, plan, 0)}
 
 
-def their_unet(unet: Any, x: Tensor, t: Tensor, image_embeds: Tensor, hint: Tensor | None) -> Outputs:
-    added = {"image_embeds": image_embeds} | ({} if hint is None else {"hint": hint})
-    out = unet(x, t, encoder_hidden_states=None, added_cond_kwargs=added).sample
+def their_unet(
+    unet: Any,
+    x: Tensor,
+    t: Tensor,
+    image_embeds: Tensor,
+    hint: Tensor | None,
+    text_embeds: Tensor | None,
+    text_states: Tensor | None,
+) -> Outputs:
+    added = {"image_embeds": image_embeds, "hint": hint, "text_embeds": text_embeds}
+    added = {key: tensor for key, tensor in added.items() if tensor is not None}
+    out = unet(x, t, encoder_hidden_states=text_states, added_cond_kwargs=added).sample
     is_inpaint = hint is None and unet.config.in_channels != 4
     name = "unet, hint" if hint is not None else "unet, inpaint" if is_inpaint else "unet"
     return {name: out, f"{name}, prepared": out}
@@ -161,6 +174,23 @@ def their_text(tower: Any, ids: Tensor) -> Outputs:
     return {"text encoder, states": out.last_hidden_state, "text encoder, embedding": out.text_embeds}
 
 
+def multilingual_inputs(config: Any, seed: int, settings: Settings) -> tuple[Tensor, ...]:
+    """Whole and short prompts: begin 0, end 2, padding 1"""
+    ids = torch.randint(4, config.vocab_size, (2, 77), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0], ids[0, 76], ids[1, 8], ids[1, 9:] = 0, 2, 2, 1
+    return (ids,)
+
+
+def our_multilingual(tower: MultilingualCLIP, ids: Tensor) -> Outputs:
+    states, embeds = tower(ids)
+    return {"multilingual, states": states, "multilingual, embedding": embeds}
+
+
+def their_multilingual(tower: Any, ids: Tensor) -> Outputs:
+    embeds, states = tower(ids, (ids != 1).long())
+    return {"multilingual, states": states, "multilingual, embedding": embeds}
+
+
 def image_inputs(config: Any, seed: int, settings: Settings) -> tuple[Tensor, ...]:
     return (randn(1, 3, config.image_size, config.image_size, seed=seed),)
 
@@ -182,19 +212,30 @@ CASES = {
     "movq": Case(MoVQ, "movq", movq_inputs, our_movq, their_movq),
     "text_encoder": Case(CLIPTextEncoder, "text_encoder", text_inputs, our_text, their_text),
     "image_encoder": Case(CLIPImageEncoder, "image_encoder", image_inputs, our_image, their_image),
+    "decoder_text_encoder": Case(
+        MultilingualCLIP, "text_encoder", multilingual_inputs, our_multilingual, their_multilingual
+    ),
 }
 COMPONENTS = (*CASES, "schedulers", "pipelines")
+
+
+IN_DECODER = ("unet", "inpaint", "hint", "movq", "decoder_text_encoder")
 
 
 def load(component: str, settings: Settings) -> nn.Module | None:
     """Our network in float32; None where the given weights have no such network."""
     case = CASES[component]
+    repositories, sizes = random_weights.MODELS[settings.model]
+    if component == "decoder_text_encoder" and settings.model != "2.1":
+        return None
     if settings.decoder is None:
-        config = getattr(random_weights.SIZES[settings.size], component)
+        if component == "hint" and "controlnet-depth" not in repositories:
+            return None
+        config = getattr(sizes[settings.size], component)
         with torch.device("meta"):
             model = case.network(config)
         return random_weights.randomize(model.to_empty(device="cpu")).to(settings.device)
-    folder = settings.decoder if component in ("unet", "inpaint", "hint", "movq") else settings.prior
+    folder = settings.decoder if component in IN_DECODER else settings.prior
     if folder is None:
         return None
     if case.network is UNet:
@@ -254,7 +295,11 @@ def check_schedulers(settings: Settings) -> Iterator[Row]:
 
     prior = schedulers.UnCLIPScheduler()
     decoders = [schedulers.DDPMScheduler(), schedulers.DDPMScheduler(clip_sample=False)]
-    for scheduler, name in zip([*decoders, prior], ("DDPM", "DDPM, no clipping", "UnCLIP")):
+    names = ("DDPM", "DDPM, no clipping", "UnCLIP")
+    if settings.model == "2.1":
+        decoders = [*random_weights.REPOSITORIES_2_1["decoder"].schedulers.values()]
+        names = ("DDIM", "DDPM, learned", "UnCLIP")
+    for scheduler, name in zip([*decoders, prior], names):
         if settings.decoder is not None and name != "UnCLIP":
             scheduler = schedulers.load_scheduler(settings.decoder / "scheduler")
         config = schedulers.to_config(scheduler)
@@ -263,12 +308,14 @@ def check_schedulers(settings: Settings) -> Iterator[Row]:
         generator, pairs = torch.Generator().manual_seed(0), scheduler.timesteps(25)
         x, ours, theirs = randn(1, 4, 8, 8, seed=1), [], []
         for (t, t_prev), their_t in zip(pairs, reference.timesteps, strict=True):
-            state, out = generator.get_state(), randn(1, 4, 8, 8, seed=t)
+            state, learns = generator.get_state(), getattr(scheduler, "predicts_variance", False)
+            out = randn(1, 8 if learns else 4, 8, 8, seed=t)
             extra = {"prev_timestep": t_prev if t_prev >= 0 else None} if name == "UnCLIP" else {}
             stepped = reference.step(out, their_t, x, generator=generator, **extra).prev_sample
             generator.set_state(state)
             noise = torch.randn(x.shape, generator=generator) if scheduler.draws_noise(t, t_prev) else None
-            ours.append(scheduler.step(out, x, t, t_prev, noise)[0])
+            variance = {"variance": out[:, 4:]} if learns else {}
+            ours.append(scheduler.step(out[:, :4], x, t, t_prev, noise, **variance)[0])
             theirs.append(stepped)
             x = stepped
         a, b = torch.stack(ours), torch.stack(theirs)
@@ -303,7 +350,13 @@ def reference_pipeline(pipe: Kandinsky) -> Any:
     schedulers_ = [schedulers.to_config(s) for s in (pipe.scheduler, pipe.prior_scheduler)]
     decoder, prior = (getattr(diffusers, c["_class_name"]).from_config(c) for c in schedulers_)
     image_size = CLIPImageEncoder.read_config(pipe.prior_folder / "image_encoder").image_size
-    combined = diffusers.KandinskyV22CombinedPipeline(
+    kind, texts = diffusers.KandinskyV22CombinedPipeline, {}
+    if pipe.unet_config.text:
+        kind = diffusers.KandinskyCombinedPipeline
+        texts["text_encoder"] = reference_for(pipe.decoder_text_encoder)
+        texts["tokenizer"] = pipe.decoder_tokenizer.tokenizer
+    combined = kind(
+        **texts,
         unet=reference_for(pipe.unet),
         scheduler=decoder,
         movq=reference_for(pipe.movq),
@@ -322,41 +375,45 @@ def reference_pipeline(pipe: Kandinsky) -> Any:
 def our_pictures(pipe: Kandinsky, pixels: int, seed: int) -> Outputs:
     size, steps = {"height": pixels, "width": pixels}, {"num_inference_steps": 4}
     embeds = pipe.embed(PROMPT, num_inference_steps=3, seed=seed)
-    latents = pipe.text2img(embeds=embeds, **size, **steps, seed=seed, output_type="latent")
     combined = {"prior_num_inference_steps": 3, "seed": seed, **steps, **size}
-    return {
-        "pipeline, embed": embeds.image_embeds,
-        "pipeline, text2img latents": latents,
-        "pipeline, combined latents": pipe.text2img(PROMPT, **combined, output_type="latent"),
-        "pipeline, combined picture": pipe.text2img(PROMPT, **combined, output_type="pt"),
-    }
+    picture = pipe.text2img(PROMPT, **combined, output_type="pt")
+    found = {"pipeline, embed": embeds.image_embeds, "pipeline, combined picture": picture}
+    if pipe.unet_config.text:  # its decoder reads the prompt too, and diffusers' returns no latents
+        alone = pipe.text2img(PROMPT, embeds=embeds, **size, **steps, seed=seed, output_type="pt")
+        return found | {"pipeline, text2img picture": alone}
+    latents = pipe.text2img(embeds=embeds, **size, **steps, seed=seed, output_type="latent")
+    found["pipeline, text2img latents"] = latents
+    return found | {"pipeline, combined latents": pipe.text2img(PROMPT, **combined, output_type="latent")}
 
 
 def their_pictures(reference: Any, pixels: int, seed: int) -> Outputs:
-    def settings() -> dict[str, Any]:
-        return {"generator": torch.Generator("cpu").manual_seed(seed)}
+    def settings(output_type: str) -> dict[str, Any]:
+        size, generator = {"height": pixels, "width": pixels}, torch.Generator("cpu").manual_seed(seed)
+        return {**size, "num_inference_steps": 4, "generator": generator, "output_type": output_type}
 
-    size, steps = {"height": pixels, "width": pixels}, {"num_inference_steps": 4}
-    embeds = reference.prior_pipe(PROMPT, num_inference_steps=3, **settings())
+    def tensor(picture: Any) -> Tensor:
+        return torch.from_numpy(picture).movedim(-1, 1).to(embeds.image_embeds.device)
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    embeds = reference.prior_pipe(PROMPT, num_inference_steps=3, generator=generator)
     both = {"image_embeds": embeds.image_embeds, "negative_image_embeds": embeds.negative_image_embeds}
-    latents = reference.decoder_pipe(**both, **size, **steps, **settings(), output_type="latent").images
-    combined = {"prompt": PROMPT, "prior_num_inference_steps": 3, **size, **steps}
-    picture = reference(**combined, **settings(), output_type="np").images
-    return {
-        "pipeline, embed": embeds.image_embeds,
-        "pipeline, text2img latents": latents,
-        "pipeline, combined latents": reference(**combined, **settings(), output_type="latent").images,
-        "pipeline, combined picture": torch.from_numpy(picture).movedim(-1, 1).to(latents.device),
-    }
+    combined = {"prompt": PROMPT, "prior_num_inference_steps": 3}
+    picture = tensor(reference(**combined, **settings("np")).images)
+    found = {"pipeline, embed": embeds.image_embeds, "pipeline, combined picture": picture}
+    if hasattr(reference, "text_encoder"):
+        alone = reference.decoder_pipe(PROMPT, **both, **settings("np")).images
+        return found | {"pipeline, text2img picture": tensor(alone)}
+    found["pipeline, text2img latents"] = reference.decoder_pipe(**both, **settings("latent")).images
+    return found | {"pipeline, combined latents": reference(**combined, **settings("latent")).images}
 
 
 def check_pipelines(settings: Settings) -> Iterator[Row]:
     if settings.decoder is None:
         with tempfile.TemporaryDirectory() as folder:
-            random_weights.make(Path(folder), settings.size, say=lambda line: None)
-            settings.decoder, settings.prior = (
-                Path(folder) / f"kandinsky-2-2-{n}" for n in ("decoder", "prior")
+            made = random_weights.make(
+                Path(folder), settings.size, say=lambda line: None, model=settings.model
             )
+            settings.prior, settings.decoder = made
             try:
                 yield from check_pipelines(settings)
             finally:
@@ -406,6 +463,9 @@ def parse_args(argv=None):
         "--size", choices=tuple(random_weights.SIZES), default="small", help="of random networks"
     )
     parser.add_argument(
+        "--model", choices=tuple(random_weights.MODELS), default="2.2", help="whose random networks"
+    )
+    parser.add_argument(
         "--weights", type=Path, metavar="FOLDER", help="a decoder folder in place of random networks"
     )
     parser.add_argument("--prior", type=Path, metavar="FOLDER", help="default: the one that belongs to it")
@@ -423,10 +483,11 @@ def parse_args(argv=None):
 def settings_of(args: Any) -> Settings:
     device, dtype = arguments.device(args.device), getattr(torch, args.dtype)
     pixels = None if args.pixels is None else arguments.whole(args.pixels, "--pixels")
-    settings = Settings(args.size, device, dtype, pixels, arguments.whole(args.seeds, "--seeds"))
+    settings = Settings(args.size, device, dtype, pixels, arguments.whole(args.seeds, "--seeds"), args.model)
     if args.weights is not None:
         pipe = Kandinsky.from_pretrained(args.weights, args.prior)
         settings.decoder, settings.prior = pipe.decoder_folder, pipe.prior_folder
+        settings.model = "2.1" if pipe.unet_config.text else "2.2"
         settings.size = "released" if pipe.unet_config.block_out_channels[0] == 384 else "small"
     if pixels and pixels % 64:
         raise ValueError(f"--pixels is {pixels}; a multiple of 64 is needed")
@@ -441,7 +502,7 @@ def main(argv=None) -> int:
     quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
     settings, say, found = settings_of(args), functools.partial(print, flush=True), []
-    where = args.weights or f"random weights, {settings.size} sizes"
+    where = args.weights or f"random weights of {settings.model}, {settings.size} sizes"
     say(f"{where}; {args.dtype} on {settings.device}; torch {torch.__version__}")
     say(f"{'component':28}{'max abs':>10}{'relative L2':>13}{'diffusers':>13}{'allowed':>11}")
     for component in args.only or COMPONENTS:

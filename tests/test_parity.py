@@ -38,6 +38,16 @@ def test_everything_agrees_in_float32(parity, tmp_path, capsys):
     assert "21 of 21 within what is allowed" in out
 
 
+def test_everything_of_2_1_agrees_too(parity, tmp_path, capsys):
+    assert parity.main(["--model", "2.1", "--json", str(tmp_path / "table.json")]) == 0
+    table = json.loads((tmp_path / "table.json").read_text())["rows"]
+    names = {row["component"] for row in table}
+    assert len(names) == len(table) and {row["ok"] for row in table} == {True}
+    for name in ("multilingual, embedding", "unet, inpaint, prepared", "DDIM, 25 steps"):
+        assert name in names
+    assert "pipeline, combined picture" in names and "unet, hint" not in names
+
+
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_half_precision_reports_both_distances(parity, dtype, tmp_path):
     argv = [
@@ -60,6 +70,13 @@ def test_a_folder_is_checked_in_place_of_random_networks(parity, folder, capsys)
     out = capsys.readouterr().out
     assert str(folder) in out and "unet, prepared" in out and "pipeline, embed" in out
     assert "inpaint" not in out, "the folder has no such network"
+
+
+def test_a_folder_of_2_1_is_recognized(parity, tmp_path, capsys):
+    out = random_weights.make(tmp_path, "small", say=lambda line: None, model="2.1")[1]
+    only = ["--only", "unet", "--only", "decoder_text_encoder"]
+    assert parity.main(["--weights", str(out), *only]) == 0
+    assert "4 of 4 within" in capsys.readouterr().out
 
 
 def test_a_tampered_network_is_found(parity, monkeypatch, capsys):
