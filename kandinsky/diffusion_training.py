@@ -29,6 +29,7 @@ from kandinsky.schedulers import DDPMScheduler, Scheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Objective
 from kandinsky.unet import UNet
 
+DECODER_TEXTS = {"decoder_text_embeds", "decoder_text_states"}  # of a cache: what 2.1's U-Net reads
 DROPPED = 0.1  # arXiv:2204.06125 §2.1 and §2.2
 
 
@@ -71,16 +72,14 @@ def decoder_loss(
     Args:
         x0, noise: (b, 4, h, w).
         entrance: `known`, (b, 5, h, w), what an inpainting U-Net reads beside the sample; or `hint`,
-            (b, 3, 8h, 8w).
+            (b, 3, 8h, 8w); 2.1's reads `text_embeds`, (b, d), and `text_states`, (b, n, c).
 
     Returns:
         the two parts, to be added
     """
-    x = noised(scheduler, x0, noise, t)
-    known, hint = entrance.get("known"), entrance.get("hint")
-    eps, variance = unet(x if known is None else torch.cat([x, known], dim=1), t, image_embeds, hint).chunk(
-        2, dim=1
-    )
+    x, known = noised(scheduler, x0, noise, t), entrance.pop("known", None)
+    sample = x if known is None else torch.cat([x, known], dim=1)
+    eps, variance = unet(sample, t, image_embeds, **entrance).chunk(2, dim=1)
     return F.mse_loss(eps, noise), variance_bound(scheduler, x0, x, t, eps.detach(), variance).mean()
 
 
@@ -233,7 +232,8 @@ def draw_embeds(
 
 
 class DecoderObjective(Objective):
-    """cache: image_embeds and latents; for the hint form also `hint`."""
+    """cache: image_embeds and latents; for the hint form also `hint`, for 2.1 what `encode_decoder_texts`
+    gives. Where the image embedding is dropped, 2.1 reads the empty prompt, as it does in guidance."""
 
     def __init__(
         self,
@@ -252,7 +252,8 @@ class DecoderObjective(Objective):
         self.embedding_noise = embedding_noise
 
     def batch(self, indices: list[int]) -> dict[str, Any]:
-        batch = self.cache.rows(indices, "image_embeds", "latents", *({"hint"} & self.cache.keys()))
+        others = {"hint", *DECODER_TEXTS} & self.cache.keys()
+        batch = self.cache.rows(indices, "image_embeds", "latents", *others)
         if "hint" in batch:  # 8 of its pixels go with a latent, whatever MoVQ does
             height, width = (8 * side for side in batch["latents"].shape[-2:])
             batch["hint"] = torch.stack([resize(hint, height, width) for hint in batch["hint"]])
@@ -268,6 +269,11 @@ class DecoderObjective(Objective):
         if self.embedding_noise:  # what the prior draws is never exact
             image_embeds = image_embeds + self.embedding_noise * draws.randn(image_embeds.shape[1])
         entrance = {"hint": batch["hint"]} if "hint" in batch else {}
+        for name in DECODER_TEXTS & batch.keys():
+            texts, empty = batch[name], self.cache[f"empty_{name}"].float().to(x0.device)
+            entrance[name.removeprefix("decoder_")] = torch.where(
+                dropped.view(-1, *[1] * (texts.ndim - 1)), empty, texts
+            )
         if self.unet.config.in_channels == 2 * x0.shape[1] + 1:
             kept = random_masks(draws, x0)
             entrance["known"] = torch.cat([x0 * kept, kept], dim=1)  # the latents are masked, not the picture

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kandinsky.checkpoint import open_safetensors, write_safetensors
 from kandinsky.datasets import shuffled
-from kandinsky.encoders import CLIPTextEncoder, PromptTokenizer
+from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP, MultilingualTokenizer, PromptTokenizer
 
 Encode = Callable[[Any], dict[str, Tensor]]  # samples -> tensors of as many rows
 
@@ -73,8 +73,7 @@ def build_cache(
         samples = data.load(list(range(start, min(start + batch_size, count))))
         for name, tensor in encode(samples).items():
             parts.setdefault(name, []).append(tensor.cpu())
-    constants = ("empty_states", "empty_embeds", "empty_ids")
-    tensors = {name: p[0] if name in constants else torch.cat(p) for name, p in parts.items()}
+    tensors = {name: p[0] if name.startswith("empty_") else torch.cat(p) for name, p in parts.items()}
     write_safetensors(tensors, path)
     return Cache(tensors)
 
@@ -95,3 +94,13 @@ def encode_texts(
         "empty_embeds": embeds[-1:].half(),
     }
     return packed
+
+
+def encode_decoder_texts(
+    text_encoder: MultilingualCLIP, tokenizer: MultilingualTokenizer, captions: list[str]
+) -> dict[str, Tensor]:
+    """What 2.1's U-Net reads of captions, padding and all, and of the empty prompt, in half precision."""
+    ids = tokenizer([*captions, ""]).to(text_encoder.device)
+    states, embeds = (x.half().cpu() for x in text_encoder(ids))
+    texts = {"decoder_text_embeds": embeds[:-1], "decoder_text_states": states[:-1]}
+    return texts | {"empty_decoder_text_embeds": embeds[-1:], "empty_decoder_text_states": states[-1:]}

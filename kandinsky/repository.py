@@ -93,6 +93,17 @@ def write_decoder_repository(folder: Path, movq: Path, inpaint: bool = False, hi
     write_json({**DECODER_INDEX, "_class_name": f"KandinskyV22{kind}Pipeline"}, folder / "model_index.json")
 
 
+def write_decoder_repository_2_1(folder: Path, known: Path) -> None:
+    """All of a 2.1 decoder's folder but the U-Net, from the one that it starts from."""
+    if folder.resolve() == known.resolve():
+        return
+    parts = ("movq", "text_encoder", "tokenizer", "scheduler", "ddpm_scheduler")
+    for part in parts:
+        if part != "ddpm_scheduler" or (known / part).is_dir():  # the inpainting repository has none
+            copy_folder(known / part, folder / part)
+    copy_file(known / "model_index.json", folder / "model_index.json")
+
+
 def copy_folder(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise CheckpointError(f"no such folder: {source}")

@@ -1,11 +1,13 @@
 """Trains a decoder: image embedding in, latents out. Writes a whole decoder repository around it.
 
 `--task inpaint` and `--task hint` start from the text-to-image U-Net that --init names, its entrance widened.
-`--lora RANK` writes a LoRA of --init's U-Net instead, unet-lora.safetensors.
+`--lora RANK` writes a LoRA of --init's U-Net instead, unet-lora.safetensors. From an --init of 2.1 the U-Net
+is trained on the captions too, read by the text tower in that folder.
 """
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +17,10 @@ from kandinsky import MoVQ, UNet, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import UNetConfig
 from kandinsky.diffusion_training import DecoderObjective, Painter, widen
-from kandinsky.embedding_cache import Cache, build_cache
+from kandinsky.embedding_cache import Cache, build_cache, encode_decoder_texts
+from kandinsky.encoders import MultilingualCLIP, MultilingualTokenizer
 from kandinsky.parts import zero_image_embeds
-from kandinsky.repository import write_decoder_repository
+from kandinsky.repository import write_decoder_repository, write_decoder_repository_2_1
 from kandinsky.schedulers import DDPMScheduler
 from kandinsky.training import initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
@@ -49,8 +52,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def reads_text(args) -> bool:
+    return args.init is not None and UNet.read_config(args.init / "unet").text
+
+
 def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
-    device = movq.device
+    device, texts = movq.device, None
+    if reads_text(args):
+        text_encoder = MultilingualCLIP.from_pretrained(args.init / "text_encoder", device=device)
+        tokenizer = MultilingualTokenizer.from_pretrained(args.init / "tokenizer")
+        texts = partial(encode_decoder_texts, text_encoder, tokenizer)
 
     def encode(samples) -> dict[str, Tensor]:
         pixels = samples.pixels.to(device)
@@ -62,6 +73,8 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
             }
         if samples.hints is not None:
             out["hint"] = samples.hints
+        if texts is not None:
+            out |= texts(samples.captions)
         return {name: tensor.half() for name, tensor in out.items()}
 
     data = training_cli.data_of(args, hints=args.task == "hint")
@@ -78,6 +91,8 @@ def check_task(args) -> None:
     training_cli.check_lora_flag(args)
     if args.task != "text2img" and args.init is None:
         raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
+    if args.task == "hint" and reads_text(args):
+        raise ValueError(f"{args.init} is of 2.1, which takes no hints")
     if args.lora is not None and not is_for(UNet.read_config(args.init / "unet"), args.task):
         what = f"--lora with --task {args.task} needs an --init of that task"
         raise ValueError(f"{what}, which {args.init} is not; train one first, without --lora")
@@ -106,13 +121,13 @@ def make_objective(args) -> DecoderObjective:
     unet = make_unet(args, cache["image_embeds"].shape[1], movq.config.downscale)
     training_cli.with_lora(unet, args)
     painter = None
-    if args.task == "text2img":
+    if args.task == "text2img" and not unet.config.text:
         samples = next(iter(training_cli.fresh_data_of(args).values())).load(list(range(48)))
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
         painter = Painter(movq, samples, image_encoder(pixels))
     return DecoderObjective(
         unet,
-        DDPMScheduler(clip_sample=args.task != "inpaint"),
+        DDPMScheduler(clip_sample=args.task != "inpaint" and not unet.config.text),
         cache,
         zero_image_embeds(image_encoder),
         painter,
@@ -126,7 +141,9 @@ def make_objective(args) -> DecoderObjective:
 def main(argv=None) -> int:
     args = parse_args(argv)
     check_task(args)
-    if args.lora is None:
+    if args.lora is None and reads_text(args):
+        write_decoder_repository_2_1(args.out, args.init)
+    elif args.lora is None:
         write_decoder_repository(args.out, args.movq / "movq", args.task == "inpaint", args.task == "hint")
     training_cli.train(make_objective(args), args, ResnetBlock, AttentionBlock)
     return 0

@@ -19,7 +19,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from kandinsky import MoVQ, Prior, UNet, images, shapes
+from kandinsky import MoVQ, Prior, UNet, diffusion_training, images, shapes
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Shapes, read_picture, shuffled
@@ -27,6 +27,7 @@ from kandinsky.diffusion_training import DecoderObjective, PriorObjective, decod
 from kandinsky.embedding_cache import Cache
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses
+from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
@@ -207,6 +208,49 @@ def test_decoder_loss_has_the_gradients_of_diffusers_networks_under_the_publishe
     (((eps - noise) ** 2).mean() + their_bound).backward()
     assert abs(bound.item() / their_bound.item() - 1) <= 1e-4
     assert_same_gradients(unet, reference, 1e-4)
+
+
+def test_decoder_loss_of_2_1_has_the_gradients_of_diffusers_network():
+    form = {"encoder_hid_dim": 48, "encoder_hid_dim_type": "text_image_proj"}
+    form |= {"addition_embed_type": "text_image", "cross_attention_dim": EMBEDDING_DIM}
+    reference = reference_unet(**form)
+    unet, t = ours(UNet, reference), torch.tensor([3, 900])
+    x0, noise, image_embeds = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), randn(2, EMBEDDING_DIM, seed=2)
+    texts = {
+        "text_embeds": randn(2, EMBEDDING_DIM, seed=3),
+        "text_states": randn(2, 77, 48, seed=4),
+    }
+    decoder_loss(unet, DDPMScheduler(), x0, noise, t, image_embeds, **texts)[0].backward()
+    x = TheirDDPM(beta_start=0.00085, beta_end=0.012).add_noise(x0, noise, t)
+    added = {"image_embeds": image_embeds, "text_embeds": texts["text_embeds"]}
+    out = reference(x, t, texts["text_states"], added_cond_kwargs=added).sample
+    ((out[:, :4] - noise) ** 2).mean().backward()
+    assert_same_gradients(unet, reference, 1e-4)
+
+
+def test_where_the_image_is_dropped_2_1_reads_the_empty_prompt(monkeypatch):
+    cache = small_cache()
+    texts = {"decoder_text_embeds": randn(12, EMBEDDING_DIM), "decoder_text_states": randn(12, 77, 48)}
+    empty = {
+        "empty_decoder_text_embeds": randn(1, EMBEDDING_DIM, seed=5),
+        "empty_decoder_text_states": randn(1, 77, 48, seed=6),
+    }
+    cache.tensors |= texts | empty
+    given = {}
+
+    def loss(unet, scheduler, x0, noise, t, image_embeds, **entrance):
+        given.update(entrance, image_embeds=image_embeds)
+        return x0.mean(), x0.mean()
+
+    monkeypatch.setattr(diffusion_training, "decoder_loss", loss)
+    unet = UNet(SIZES_2_1["small"].unet)
+    objective = DecoderObjective(unet, DDPMScheduler(clip_sample=False), cache, torch.zeros(1, EMBEDDING_DIM))
+    objective.loss(objective.batch(list(range(12)) * 8), Draws("0", slice(None), 96))
+    dropped = (given["image_embeds"] == 0).all(dim=1)
+    assert 2 <= dropped.sum() <= 40
+    for name in ("text_embeds", "text_states"):
+        is_empty = (given[name] == empty[f"empty_decoder_{name}"]).flatten(1).all(dim=1)
+        assert torch.equal(is_empty, dropped)
 
 
 def test_the_bound_teaches_the_variance_alone():

@@ -10,7 +10,7 @@ import torch
 from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from PIL import Image
 
-from kandinsky import Kandinsky
+from kandinsky import Kandinsky, UNet, random_weights
 from kandinsky.cli import WEIGHTS
 from kandinsky.encoders import CLIPTextEncoder
 from tests.test_training import write_folder
@@ -106,6 +106,34 @@ def test_inpainting_starts_from_a_text_to_image_decoder(trained, tmp_path, capsy
     start = ["--init", trained / "mini-decoder"]
     assert run("train_decoder", "--out", tmp_path / "inpaint", *start, *places, *data) == 0
     assert Kandinsky.from_pretrained(tmp_path / "inpaint").unet_config.in_channels == 9
+
+
+def test_2_1_is_trained_on_its_captions(tmp_path, capsys):
+    """Prior, decoder, a LoRA and an inpainting decoder, from random weights of 2.1."""
+    weights = tmp_path / "weights"
+    prior, decoder = random_weights.make(weights, "small", say=lambda line: None, model="2.1")
+    data = ["--data", write_folder(tmp_path / "pictures"), "--size", "32", *SHORT]
+    clip, movq = ["--clip", prior, "--init"], ["--movq", decoder]
+    assert run("train_prior", "--out", tmp_path / "kandinsky-2-1-prior", *clip, prior, *data) == 0
+    assert run("train_decoder", "--out", tmp_path / "kandinsky-2-1", *clip, decoder, *movq, *data) == 0
+    before, after = (UNet.from_pretrained(path / "unet") for path in (decoder, tmp_path / "kandinsky-2-1"))
+    reads = "encoder_hid_proj.text_proj.weight"
+    assert not torch.equal(before.state_dict()[reads], after.state_dict()[reads].float())
+    sizes = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "height": 32, "width": 32}
+    for scheduler in ("scheduler", "ddpm_scheduler"):
+        pipe = Kandinsky.from_pretrained(tmp_path / "kandinsky-2-1", scheduler=scheduler)
+        assert len(pipe.text2img("a red cat", seed=0, **sizes)) == 1
+    inpaint = ["--task", "inpaint", "--out", tmp_path / "inpaint"]
+    assert run("train_decoder", *inpaint, *clip, decoder, *movq, *data) == 0
+    tuned = Kandinsky.from_pretrained(tmp_path / "inpaint", tmp_path / "kandinsky-2-1-prior")
+    assert tuned.unet_config.text and tuned.unet_config.in_channels == 9
+    assert run("train_decoder", "--lora", "2", "--out", tmp_path / "lora", *clip, decoder, *movq, *data) == 0
+    pipe.load_lora(tmp_path / "lora" / "unet-lora.safetensors")
+    assert not (tmp_path / "lora" / "text_encoder").exists()
+    assert (
+        run("train_decoder", "--task", "hint", "--out", tmp_path / "hint", *clip, decoder, *movq, *data) == 2
+    )
+    assert "is of 2.1, which takes no hints" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("network", ["prior", "unet"])
