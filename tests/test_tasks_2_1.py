@@ -241,3 +241,32 @@ def test_mistakes_are_named_before_any_weight_is_read(folders, tmp_path):
         pipe.decoder_tokenizer = pipe.tokenizer
     pipe.decoder_tokenizer = MultilingualTokenizer.from_pretrained(folders["text2img"] / "tokenizer")
     assert pipe._loaded == {}
+
+
+@pytest.mark.parametrize(
+    "task, kind",
+    [
+        ("text2img", diffusers.KandinskyCombinedPipeline),
+        ("img2img", diffusers.KandinskyImg2ImgCombinedPipeline),
+        ("inpaint", diffusers.KandinskyInpaintCombinedPipeline),
+    ],
+)
+def test_the_combined_pipelines_are_one_call(folders, their_prior, task, kind):
+    """From prompt to picture. They pass the decoder no negative prompt, so none is given."""
+    prior = {f"prior_{name}": part for name, part in their_prior.components.items()}
+    combined = kind(**reference(task, folders[task]).components, **prior)
+    for part in (combined, combined.prior_pipe, combined.decoder_pipe):
+        quiet(part)
+    size = {"height": 32, "width": 32}
+    given, ours_only = {} if task == "text2img" else {"image": picture(32, 32)}, {}
+    if task == "inpaint":
+        given["mask_image"], ours_only["keep_unmasked"] = half_mask(32, 32), False
+    if task == "img2img":
+        given["strength"] = 0.6
+    for seed in (0, 7, 123):
+        settings = {**STEPS, **size, **given, "prior_num_inference_steps": 3}
+        theirs = combined(PROMPT, generator=generator(seed), output_type="np", **settings).images
+        ours = getattr(Kandinsky.from_pretrained(folders[task]), task)(
+            PROMPT, seed=seed, output_type="pt", **settings, **ours_only
+        )
+        assert relative_l2(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)) <= 1e-4
