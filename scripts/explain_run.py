@@ -1,0 +1,64 @@
+"""Draws a picture and writes one HTML page that tells how: tokens, prior, decoder, norms, time, settings."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from kandinsky import Kandinsky, cli, explain, images
+from kandinsky.checkpoint import atomic_file
+from kandinsky.page import page
+
+
+def parse_args(argv=None):
+    parser = cli.OneLineParser(__doc__)
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("--image", type=Path, help="start from this picture (img2img)")
+    parser.add_argument("--mask", type=Path, help="with --image: repaint where it is white (inpaint)")
+    parser.add_argument("--hint", type=Path, help="depth map, near is white; takes a checkpoint for hints")
+    parser.add_argument("--strength", type=float, help="of img2img, 0 to 1")
+    parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
+    parser.add_argument("--seed", type=int, default=0, help="of both calls, the prior's and the decoder's")
+    parser.add_argument("--steps", type=int, default=50, help="of the decoder")
+    parser.add_argument("--prior-steps", type=int, default=25, help="of the prior")
+    cli.add_size_flags(parser)
+    cli.add_model_flags(parser)
+    parser.add_argument("--out", type=Path, default=Path("run.html"), help="page to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
+    return parser.parse_args(argv)
+
+
+@cli.one_line_errors
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    if args.out.suffix != ".html":
+        raise ValueError(f"{args.out}: a page is written as .html")
+    if args.mask is not None and args.image is None:
+        raise ValueError("--mask needs --image, the picture to repaint")
+    task = "inpaint" if args.mask is not None else "img2img" if args.image is not None else "text2img"
+    names = ("kandinsky-2-2-decoder", "mini-decoder")
+    if task == "inpaint":
+        names = ("kandinsky-2-2-decoder-inpaint", "mini-decoder-inpaint")
+    if args.hint is not None:
+        names = ("kandinsky-2-2-controlnet-depth", "mini-controlnet-depth")
+    files = {"image": args.image, "mask_image": args.mask, "hint": args.hint}
+    call = {name: images.open_image(path) for name, path in files.items() if path is not None}
+    call |= {n: getattr(args, n) for n in ("height", "width", "strength") if getattr(args, n) is not None}
+    folder, dtype = cli.decoder_folder(args.weights, *names), getattr(torch, args.dtype)
+    pipe = Kandinsky.from_pretrained(folder, args.prior, args.device, dtype, not args.low_memory)
+    for path in args.lora or []:
+        pipe.load_lora(path, args.lora_scale)
+    if args.optimize:
+        pipe.optimize()
+    steps = {"prior_num_inference_steps": args.prior_steps, "num_inference_steps": args.steps}
+    found = explain.trace(pipe, args.prompt, task, args.seed, args.negative_prompt, **steps, **call)
+    found.settings |= {"weights": folder.name, "dtype": args.dtype, "device": str(pipe.device)}
+    path = cli.free_name(args.out, args.overwrite)
+    with atomic_file(path) as temporary:
+        temporary.write_text(page(found), encoding="utf-8")
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

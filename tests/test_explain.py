@@ -1,0 +1,143 @@
+"""The page of a run: its numbers are the run's, and a browser shows it without a fault."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from kandinsky import Kandinsky, explain, inspection, random_weights
+from kandinsky.page import page
+from tests.test_images import picture
+from tests.test_scripts import run
+from tests.test_tasks import half_mask
+
+PROMPT = "a red cat, 4k photo"
+STEPS = {"prior_num_inference_steps": 4, "num_inference_steps": 5}
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("explain")
+    for model, (repositories, _) in random_weights.MODELS.items():
+        random_weights.make(out, "small", tuple(repositories), say=lambda line: None, model=model)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return Kandinsky.from_pretrained(folder / "kandinsky-2-2-decoder")
+
+
+def test_numbers_and_picture_are_the_runs(pipe):
+    found = explain.trace(pipe, PROMPT, seed=3, height=32, width=48, **STEPS)
+    estimates = []
+    embeds = pipe.embed(
+        PROMPT, num_inference_steps=4, seed=3, on_step=lambda step: estimates.append(step.x0[:1])
+    )
+    with inspection.record(pipe.unet, "mid_block.resnets.1") as seen:
+        alone = pipe.text2img(embeds=embeds, num_inference_steps=5, seed=3, height=32, width=48)[0]
+    assert found.picture.tobytes() == alone.tobytes()
+    cosines = [F.cosine_similarity(pipe.prior.denormalize(x), embeds.image_embeds).item() for x in estimates]
+    assert found.prior_cosines == pytest.approx(cosines, abs=1e-6)
+    assert cosines[0] < 0.999 and cosines[-1] == pytest.approx(1, abs=1e-3)
+    sizes = [x.square().mean().sqrt().item() for x in seen["mid_block.resnets.1"]]
+    assert found.norms["mid_block.resnets.1"] == pytest.approx(sizes, rel=1e-6) and len(sizes) == 5
+    assert found.decoder_timesteps == [t for t, _ in pipe.scheduler.timesteps(5)]
+    assert found.frames[-1].picture.size == (48, 32)
+    assert [frame.index for frame in found.frames] == [0, 1, 2, 3, 4]
+
+
+def test_attention_is_shared_out_among_the_tokens(pipe):
+    found = explain.trace(pipe, PROMPT, height=32, width=48, **STEPS)
+    names = [name for name, _ in found.prior_attention]
+    assert names[0] == "<|startoftext|>" and names[-1] == "read-out"
+    assert len(names) == len(found.tokens) + 4
+    assert sum(share for _, share in found.prior_attention) == pytest.approx(1, abs=1e-5)
+    assert len(found.image_share) == 5 and all(0 < share < 1 for share in found.image_share)
+    rows = torch.tensor(found.image_map)
+    assert rows.shape == (2, 3), "the middle block's positions"
+    assert rows.mean().item() == pytest.approx(found.image_share[-1], abs=1e-6)
+
+
+def test_points_are_projected_onto_where_they_differ():
+    points = torch.zeros(5, 7)
+    points[:, 2], points[:, 4] = torch.tensor([0.0, 1, 2, 3, 4]), torch.tensor([0.0, 1, 0, 1, 0])
+    flat = explain.project(points)
+    wanted = torch.cdist(points, points)
+    assert torch.allclose(torch.cdist(flat, flat), wanted, atol=1e-5)
+    assert explain.project(points[:1]).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("task", ["text2img", "img2img", "inpaint", "hint", "2.1"])
+def test_every_task_has_a_page_that_needs_nothing_else(folder, tmp_path, monkeypatch, task):
+    monkeypatch.chdir(tmp_path)
+    picture(16, 16).save("cat.png")
+    Image.fromarray((255 * half_mask(16, 16)).astype("uint8")).save("mask.png")
+    weights = {"inpaint": "kandinsky-2-2-decoder-inpaint", "hint": "kandinsky-2-2-controlnet-depth"}
+    weights = folder / weights.get(task, "kandinsky-2-1" if task == "2.1" else "kandinsky-2-2-decoder")
+    given = {
+        "img2img": ["--image", "cat.png", "--strength", "0.5"],
+        "inpaint": ["--image", "cat.png", "--mask", "mask.png", "--negative-prompt", "a"],
+        "hint": ["--hint", "cat.png"],
+    }.get(task, [])
+    short = ["--steps", "4", "--prior-steps", "2", "--height", "32", "--width", "32"]
+    assert run("explain_run", "<b>a & cat", "--weights", weights, *given, *short) == 0
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text) and "<script" not in text and "<b>" not in text
+    steps = 2 if task == "img2img" else 4
+    assert text.count("clean estimate of step") == steps and text.count("<h2>") == 7
+    assert all(re.search(r' alt="[^"]', tag) for tag in re.findall("<img[^>]*>", text))
+    assert len(text) < 5e6
+    assert run("explain_run", "a cat", "--weights", weights, *given, *short) == 0
+    assert (tmp_path / "run-1.html").exists(), "nothing is overwritten"
+
+
+def test_what_was_cut_is_said(pipe):
+    found = explain.trace(pipe, "red cat " * 60, height=32, width=32, **STEPS)
+    assert len(found.tokens) == 77 and any("longer than 77 tokens" in text for text in found.warnings)
+    assert "longer than 77 tokens" in page(found)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--out", "a.txt"], "a page is written as .html"),
+        (["--mask", "a.png"], "--mask needs --image"),
+        (["--steps", "0"], "0"),
+    ],
+)
+def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("explain_run", "a", "--weights", folder / "kandinsky-2-2-decoder", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_without_a_fault(pipe, tmp_path, width):
+    path = tmp_path / "run.html"
+    path.write_text(page(explain.trace(pipe, PROMPT, height=32, width=32, **STEPS)), encoding="utf-8")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=2000",
+    ]
+    flags += ["--virtual-time-budget=2000"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    shown = subprocess.run(
+        [CHROMIUM, *flags, f"--screenshot={tmp_path / 'page.png'}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.returncode == 0 and "CONSOLE" not in shown.stderr, shown.stderr
+    colours = Image.open(tmp_path / "page.png").convert("RGB").getcolors(2**24)
+    assert len(colours) > 50, "something is drawn"
