@@ -41,7 +41,7 @@ def page(run: Trace) -> str:
             + curve(run.prior_cosines, run.prior_timesteps, "cosine to the result")
             + "<p>The same estimates, projected onto the two directions in which they differ most.</p>"
             + path(run.prior_path)
-            + "<p>What the read-out looks at in the first step, when all else is noise; mean of all heads.</p>"
+            + "<p>What the read-out looks at in the first step, when all else is noise (all heads).</p>"
             + bars(run.prior_attention),
         ),
         (
