@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from kandinsky import images
+from kandinsky import arguments, images
 from kandinsky.embedding import ImageEmbeds
 from kandinsky.inspection import attention_maps, record
 from kandinsky.pipeline import Kandinsky
 from kandinsky.sampling import Step
 
 MOST_FRAMES = 12
+TASKS = ("text2img", "img2img", "inpaint")
 PARTS = ("text_embeds", "timestep", "noisy embedding", "read-out")  # the prior's tokens after the prompt's
 BLOCKS = ("*.resnets.?", "*.attentions.?")  # of the U-Net, whose norms are followed
 
@@ -54,15 +55,18 @@ class Trace:
     image_map: list[list[float]] = field(default_factory=list)  # the same in the last step, by position
     parts: list[tuple[str, float, float]] = field(default_factory=list)  # name, seconds, peak MiB so far
     picture: Image.Image | None = None
+    reads_words: bool = False  # whether the decoder does: 2.1's
 
 
+@torch.no_grad()
 def trace(
     pipe: Kandinsky,
     prompt: str,
     task: str = "text2img",
-    seed: int = 0,
+    seed: int | None = None,
     negative_prompt: str | None = None,
     prior_num_inference_steps: int = 25,
+    prior_guidance_scale: float = 4.0,
     num_inference_steps: int = 50,
     **call: Any,
 ) -> Trace:
@@ -70,18 +74,32 @@ def trace(
 
     Args:
         task: the method that draws: "text2img", "img2img" or "inpaint".
-        call: its further arguments (`image`, `mask_image`, `hint`, `strength`, `height` …).
+        seed: of both calls; None draws one.
+        call: its further arguments (`image`, `mask_image`, `hint`, `strength`, `guidance_scale`, `height` …).
 
     Raises:
-        ValueError: as the two calls do; a task that is none.
+        ValueError: as the two calls do; a task that is none; an argument that would make it other pictures.
     """
-    if task not in ("text2img", "img2img", "inpaint"):
-        raise ValueError(f"task is {task!r}; allowed are text2img, img2img, inpaint")
-    settings = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed}
-    steps = {"prior_num_inference_steps": prior_num_inference_steps}
-    steps["num_inference_steps"] = num_inference_steps
-    told = {name: value for name, value in call.items() if isinstance(value, (int, float, str))}
-    found = Trace(task, settings | steps | told, [])
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; allowed are {', '.join(TASKS)}")
+    for name in ("num_images_per_prompt", "output_type", "embeds", "on_step", "progress"):
+        if name in call:
+            raise ValueError(f"a trace follows one picture; it takes no {name}")
+    arguments.whole(prior_num_inference_steps, "prior_num_inference_steps", 1, 1000)
+    arguments.whole(num_inference_steps, "num_inference_steps", 1, 1000)
+    if "strength" in call:
+        arguments.share(call["strength"], "strength")
+    pipe._check_task(task, call.get("hint"))
+    settings = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "seed": seed,
+        "prior_num_inference_steps": prior_num_inference_steps,
+        "prior_guidance_scale": prior_guidance_scale,
+        "num_inference_steps": num_inference_steps,
+    }
+    settings |= {name: value for name, value in call.items() if isinstance(value, (int, float, str))}
+    found = Trace(task, settings, [], reads_words=pipe.unet_config.text)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         embeds = _trace_prior(pipe, found)
@@ -97,73 +115,86 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
 
     def watch(step: Step) -> None:
         found.prior_timesteps.append(step.t)
-        estimates.append(step.x0[0].float().cpu())
+        estimates.append(step.x0[:1])
+
+    def read_out(weights: Tensor) -> Tensor:  # the guided half comes second
+        return weights[len(weights) // 2, :, -1].mean(dim=0).cpu()
 
     start = time.perf_counter()
-    with attention_maps(pipe.prior, "transformer_blocks.*.attn1") as maps:
+    with (
+        pipe.using("prior") as prior,
+        attention_maps(prior, "transformer_blocks.*.attn1", read_out) as maps,
+    ):
         embeds = pipe.embed(
             found.settings["prompt"],
             found.settings["negative_prompt"],
             num_inference_steps=found.settings["prior_num_inference_steps"],
+            guidance_scale=found.settings["prior_guidance_scale"],
             seed=found.settings["seed"],
             on_step=watch,
         )
-    _note_part(found, f"text tower and prior, {len(estimates)} steps", start)
-    with pipe.using("prior") as prior:
-        clean = prior.denormalize(torch.stack(estimates).to(pipe.device)).cpu()
-    result = embeds.image_embeds[0].float().cpu()
-    found.prior_cosines = F.cosine_similarity(clean, result[None]).tolist()
+    found.settings["seed"] = pipe.seeds[0]
+    _note_part(pipe, found, f"text tower and prior, {len(estimates)} steps", start)
+    clean = prior.denormalize(torch.cat(estimates).float()).cpu()
+    result = embeds.image_embeds[:1].float().cpu()
+    found.prior_cosines = F.cosine_similarity(clean, result).tolist()
     found.prior_path = project(clean).tolist()
-    # a module's first call is the prefill, its second the first step; the guided half comes second
-    first = [calls[1][len(calls[1]) // 2, :, -1].mean(dim=0) for calls in maps.values() if calls]
-    if first:
-        names, share = [*found.tokens, *PARTS], torch.stack(first).mean(dim=0)
-        padding = len(share) - len(names)
-        names[len(found.tokens) : len(found.tokens)] = ["(padding)"] * padding
-        found.prior_attention = list(zip(names, share.tolist(), strict=True))
+    first = [calls[1] for calls in maps.values()]  # the call before was the prefill
+    names, share = [*found.tokens, *PARTS], torch.stack(first).mean(dim=0)
+    padding = len(share) - len(names)
+    names[len(found.tokens) : len(found.tokens)] = ["(padding)"] * padding
+    found.prior_attention = list(zip(names, share.tolist(), strict=True))
     return embeds
 
 
 def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dict[str, Any]) -> None:
     estimates: list[Tensor] = []
-    ends: list[float] = []
+    texts = ()
+    if found.reads_words:
+        texts = (found.settings["prompt"], found.settings["negative_prompt"])
+        call = {"negative_prompt": texts[1], **call}
+    start = end = time.perf_counter()
 
     def watch(step: Step) -> None:
+        nonlocal end
+        end = time.perf_counter()
         found.decoder_timesteps.append(step.t)
-        estimates.append(step.x0[-1:].clone())
-        ends.append(time.perf_counter())
+        estimates.append(step.x0.clone())
 
-    prompt = (found.settings["prompt"],) if pipe.unet_config.text else ()  # 2.1's decoder reads it too
-    start = time.perf_counter()
     with (
-        record(pipe.unet, list(BLOCKS), keep=_size) as norms,
-        attention_maps(pipe.unet, "mid_block*") as maps,
+        pipe.using("unet") as unet,
+        record(unet, list(BLOCKS), keep=_size) as norms,
+        attention_maps(unet, "mid_block*", _share_of_further_tokens) as maps,
     ):
         found.picture = getattr(pipe, found.task)(
-            *prompt,
+            *texts[:1],
             embeds=embeds,
             num_inference_steps=found.settings["num_inference_steps"],
             seed=found.settings["seed"],
             on_step=watch,
             **call,
         )[0]
-    found.parts.append((f"decoder, {len(ends)} steps", ends[-1] - start, _peak()))
-    _note_part(found, "MoVQ", ends[-1])
-    found.norms = norms_by_step(norms, len(ends))
-    _note_attention(found, next(iter(maps.values())), estimates[0].shape[-2:])
-    chosen = torch.linspace(0, len(estimates) - 1, min(MOST_FRAMES, len(estimates))).round().long().tolist()
-    for index in chosen:
-        pixels = images.to_unit_range(pipe.movq.decode(estimates[index]))
-        found.frames.append(Frame(index, found.decoder_timesteps[index], images.to_pil(pixels)[0]))
-
-
-def _note_attention(found: Trace, calls: list[Tensor], size: torch.Size) -> None:
-    """calls: (b, heads, n, m) by step, of whose m the further tokens come first and then the n positions"""
-    shares = [call[-1, :, :, : call.shape[3] - call.shape[2]].sum(dim=-1).mean(dim=0) for call in calls]
+    found.parts.append((f"decoder, {len(estimates)} steps", end - start, _peak(pipe)))
+    _note_part(pipe, found, "MoVQ", end)
+    found.norms = norms_by_step(norms, len(estimates))
+    shares = next(iter(maps.values()))
     found.image_share = [share.mean().item() for share in shares]
-    if shares:
-        width = max(1, round((len(shares[-1]) * size[1] / size[0]) ** 0.5))
-        found.image_map = [row.tolist() for row in shares[-1].split(width)]
+    if estimates:
+        height, width = estimates[0].shape[-2:]
+        columns = max(1, round((len(shares[-1]) * width / height) ** 0.5))
+        found.image_map = [row.tolist() for row in shares[-1].split(columns)]
+    count = min(MOST_FRAMES, len(estimates))
+    with pipe.using("movq") as movq:
+        for index in torch.linspace(0, len(estimates) - 1, count).round().long().tolist():
+            pixels = images.to_unit_range(movq.decode(estimates[index]))
+            pixels = images.crop_to(pixels, *reversed(found.picture.size))
+            found.frames.append(Frame(index, found.decoder_timesteps[index], images.to_pil(pixels)[0]))
+
+
+def _share_of_further_tokens(weights: Tensor) -> Tensor:
+    """(b, heads, n, m), the m beginning with tokens that are no positions -> (n,), of the guided row"""
+    further = weights.shape[3] - weights.shape[2]
+    return weights[-1, :, :, :further].sum(dim=-1).mean(dim=0).cpu()
 
 
 def norms_by_step(norms: dict[str, list[float]], num_steps: int) -> dict[str, list[float]]:
@@ -185,11 +216,13 @@ def _size(x: Tensor) -> float:
     return x.float().square().mean().sqrt().item()
 
 
-def _note_part(found: Trace, name: str, start: float) -> None:
-    found.parts.append((name, time.perf_counter() - start, _peak()))
+def _note_part(pipe: Kandinsky, found: Trace, name: str, start: float) -> None:
+    found.parts.append((name, time.perf_counter() - start, _peak(pipe)))
 
 
-def _peak() -> float:
-    """MiB of memory that this process has held at most."""
+def _peak(pipe: Kandinsky) -> float:
+    """MiB of memory held at most: of the GPU, where one draws, else of this process."""
+    if torch.device(pipe.device).type == "cuda":
+        return torch.cuda.max_memory_allocated(pipe.device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

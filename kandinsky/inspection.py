@@ -188,12 +188,18 @@ def _attends(module: nn.Module) -> bool:
 
 
 @contextmanager
-def attention_maps(model: nn.Module, patterns: str | list[str], limit: int = 2**28) -> Iterator[Record]:
+def attention_maps(
+    model: nn.Module,
+    patterns: str | list[str],
+    keep: Callable[[Tensor], Any] | None = None,
+    limit: int = 2**28,
+) -> Iterator[Record]:
     """Collects where attention looks: for each matching module with an attention of its own, and each call,
     (b, heads, n, m) float32 on the CPU, rows summing to one.
 
     In the U-Net the first 32 of the m are the image tokens, the others the map's positions, row by row; the
     2.2 decoder sees no words. In the prior n are the tokens of that call, the last the read-out.
+    keep: is done to each map, and its result kept in its place.
 
     Raises:
         ValueError: a pattern that no attention module matches.
@@ -208,7 +214,9 @@ def attention_maps(model: nn.Module, patterns: str | list[str], limit: int = 2**
 
     def watch(original: Callable) -> Callable:
         def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-            if stack:
+            if stack and keep is not None:
+                seen.add(stack[-1], lambda: keep(attention_weights(q, k, num_heads, mask).detach()))
+            elif stack:
                 size = 4 * q.shape[0] * num_heads * q.shape[1] * k.shape[1]
                 seen.add(stack[-1], lambda: attention_weights(q, k, num_heads, mask).detach().cpu(), size)
             return original(q, k, v, num_heads, mask)

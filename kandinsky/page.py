@@ -31,7 +31,9 @@ svg { max-width: 100%; height: auto }
 def page(run: Trace) -> str:
     """The document, to be written as UTF-8."""
     title = f"Kandinsky: {run.settings['prompt'] or run.task}"
-    reads = "2.2's decoder sees no words: only the image embedding, as tokens beside the picture's positions."
+    reads = "2.2's decoder sees no words: these tokens are the image embedding's."
+    if run.reads_words:
+        reads = "2.1's decoder reads words too: these tokens are the image embedding's and then the prompt's."
     sections = [
         ("The picture", picture(run.picture, run.settings["prompt"] or run.task, 256)),
         ("Tokens", tokens(run)),
@@ -160,6 +162,8 @@ def heat(rows: Sequence[Sequence[float]], name: str) -> str:
 def norms(run: Trace) -> str:
     """A column for the first, the middle and the last step."""
     steps = len(run.decoder_timesteps)
+    if not steps:
+        return "<p>No step ran: the picture was only encoded and decoded.</p>"
     columns = sorted({0, steps // 2, steps - 1})
     heads = "".join(f"<th>t = {run.decoder_timesteps[i]}</th>" for i in columns)
     rows = [
@@ -173,7 +177,7 @@ def norms(run: Trace) -> str:
 
 def parts(run: Trace) -> str:
     rows = [(name, f"{seconds:.2f} s", f"{peak:.0f} MiB at most so far") for name, seconds, peak in run.parts]
-    return table(rows)
+    return "<p>Reading the weights and recording all this are included.</p>" + table(rows)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from kandinsky.checkpoint import CheckpointError, atomic_file, write_json, write_safetensors
+from kandinsky.checkpoint import CheckpointError, atomic_file, read_json, write_json, write_safetensors
 from kandinsky.images import CLIP_MEAN, CLIP_STD
 from kandinsky.parts import zero_image_embeds
 
@@ -81,7 +81,10 @@ def write_prior_repository(folder: Path, clip: Path, trained: tuple[str, ...] = 
             Path(clip) / "zero_image_embeds.safetensors", Path(folder) / "zero_image_embeds.safetensors"
         )
     write_json(UNCLIP, Path(folder) / "scheduler" / "scheduler_config.json")
-    write_json(PRIOR_INDEX, Path(folder) / "model_index.json")
+    index, known = PRIOR_INDEX, Path(clip) / "model_index.json"
+    if known.exists():  # another prior's: 2.1's calls itself otherwise
+        index = index | {"_class_name": read_json(known)["_class_name"]}
+    write_json(index, Path(folder) / "model_index.json")
 
 
 def write_decoder_repository(folder: Path, movq: Path, inpaint: bool = False, hint: bool = False) -> None:
@@ -93,11 +96,13 @@ def write_decoder_repository(folder: Path, movq: Path, inpaint: bool = False, hi
     write_json({**DECODER_INDEX, "_class_name": f"KandinskyV22{kind}Pipeline"}, folder / "model_index.json")
 
 
-def write_decoder_repository_2_1(folder: Path, known: Path) -> None:
-    """All of a 2.1 decoder's folder but the U-Net, from the one that it starts from."""
+def write_decoder_repository_2_1(folder: Path, movq: Path, known: Path) -> None:
+    """All of a 2.1 decoder's folder but the U-Net: the MoVQ, and the rest from the decoder it starts from."""
+    if movq.resolve() != (folder / "movq").resolve():
+        copy_folder(movq, folder / "movq")
     if folder.resolve() == known.resolve():
         return
-    parts = ("movq", "text_encoder", "tokenizer", "scheduler", "ddpm_scheduler")
+    parts = ("text_encoder", "tokenizer", "scheduler", "ddpm_scheduler")
     for part in parts:
         if part != "ddpm_scheduler" or (known / part).is_dir():  # the inpainting repository has none
             copy_folder(known / part, folder / part)

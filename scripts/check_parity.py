@@ -299,9 +299,11 @@ def check_schedulers(settings: Settings) -> Iterator[Row]:
     if settings.model == "2.1":
         decoders = [*random_weights.REPOSITORIES_2_1["decoder"].schedulers.values()]
         names = ("DDIM", "DDPM, learned", "UnCLIP")
-    for scheduler, name in zip([*decoders, prior], names):
-        if settings.decoder is not None and name != "UnCLIP":
-            scheduler = schedulers.load_scheduler(settings.decoder / "scheduler")
+    if settings.decoder is not None:  # those that lie there
+        folders = [settings.decoder / name for name in ("scheduler", "ddpm_scheduler")]
+        decoders = [schedulers.load_scheduler(folder) for folder in folders if folder.is_dir()]
+        names = (*(type(s).__name__.removesuffix("Scheduler") for s in decoders), "UnCLIP")
+    for scheduler, name in zip([*decoders, prior], names, strict=True):
         config = schedulers.to_config(scheduler)
         reference = getattr(diffusers, config["_class_name"]).from_config(config)
         reference.set_timesteps(25)

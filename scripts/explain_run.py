@@ -18,9 +18,13 @@ def parse_args(argv=None):
     parser.add_argument("--hint", type=Path, help="depth map, near is white; takes a checkpoint for hints")
     parser.add_argument("--strength", type=float, help="of img2img, 0 to 1")
     parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
-    parser.add_argument("--seed", type=int, default=0, help="of both calls, the prior's and the decoder's")
+    parser.add_argument("--seed", type=int, help="of prior and decoder; drawn and printed when absent")
     parser.add_argument("--steps", type=int, default=50, help="of the decoder")
     parser.add_argument("--prior-steps", type=int, default=25, help="of the prior")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="decoder guidance; 1 turns it off")
+    parser.add_argument(
+        "--prior-guidance-scale", type=float, default=4.0, help="prior guidance; 1 turns it off"
+    )
     cli.add_size_flags(parser)
     cli.add_model_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("run.html"), help="page to write")
@@ -31,10 +35,13 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    if args.out.suffix != ".html":
-        raise ValueError(f"{args.out}: a page is written as .html")
+    images.check_writable(args.out, {".html": "HTML"})
     if args.mask is not None and args.image is None:
         raise ValueError("--mask needs --image, the picture to repaint")
+    if args.strength is not None and (args.image is None or args.mask is not None):
+        raise ValueError("--strength is of img2img: it goes with --image, and without --mask")
+    if args.hint is not None and args.mask is not None:
+        raise ValueError("give --hint or --mask, not both")
     task = "inpaint" if args.mask is not None else "img2img" if args.image is not None else "text2img"
     names = ("kandinsky-2-2-decoder", "mini-decoder")
     if task == "inpaint":
@@ -51,12 +58,13 @@ def main(argv=None) -> int:
     if args.optimize:
         pipe.optimize()
     steps = {"prior_num_inference_steps": args.prior_steps, "num_inference_steps": args.steps}
+    steps |= {n: getattr(args, n) for n in ("guidance_scale", "prior_guidance_scale")}
     found = explain.trace(pipe, args.prompt, task, args.seed, args.negative_prompt, **steps, **call)
     found.settings |= {"weights": folder.name, "dtype": args.dtype, "device": str(pipe.device)}
     path = cli.free_name(args.out, args.overwrite)
     with atomic_file(path) as temporary:
         temporary.write_text(page(found), encoding="utf-8")
-    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB, seed {found.settings['seed']})")
     return 0
 
 

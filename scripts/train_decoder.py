@@ -142,7 +142,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     check_task(args)
     if args.lora is None and reads_text(args):
-        write_decoder_repository_2_1(args.out, args.init)
+        write_decoder_repository_2_1(args.out, args.movq / "movq", args.init)
     elif args.lora is None:
         write_decoder_repository(args.out, args.movq / "movq", args.task == "inpaint", args.task == "hint")
     training_cli.train(make_objective(args), args, ResnetBlock, AttentionBlock)

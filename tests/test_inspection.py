@@ -212,6 +212,9 @@ def test_the_decoders_maps_begin_with_the_image_tokens():
         unet_output(unet, 8, 12)
     (one,) = maps["mid_block.attentions.0"]
     assert one.shape == (2, 8, 2 * 3, 32 + 2 * 3)
+    with attention_maps(unet, "mid_block.attentions.0", keep=lambda x: x.sum(dim=-1)) as sums:
+        unet_output(unet)
+    assert torch.allclose(sums["mid_block.attentions.0"][0], torch.ones(()), atol=1e-5)
     with attention_maps(unet, "*", limit=0) as maps:
         unet_output(unet)
     assert not any(maps.values()) and maps.dropped > 0

@@ -74,9 +74,10 @@ def test_a_folder_is_checked_in_place_of_random_networks(parity, folder, capsys)
 
 def test_a_folder_of_2_1_is_recognized(parity, tmp_path, capsys):
     out = random_weights.make(tmp_path, "small", say=lambda line: None, model="2.1")[1]
-    only = ["--only", "unet", "--only", "decoder_text_encoder"]
+    only = ["--only", "unet", "--only", "decoder_text_encoder", "--only", "schedulers"]
     assert parity.main(["--weights", str(out), *only]) == 0
-    assert "4 of 4 within" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "7 of 7 within" in said and "DDIM, 25" in said and "DDPM, 25" in said
 
 
 def test_a_tampered_network_is_found(parity, monkeypatch, capsys):

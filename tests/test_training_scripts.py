@@ -116,6 +116,8 @@ def test_2_1_is_trained_on_its_captions(tmp_path, capsys):
     clip, movq = ["--clip", prior, "--init"], ["--movq", decoder]
     assert run("train_prior", "--out", tmp_path / "kandinsky-2-1-prior", *clip, prior, *data) == 0
     assert run("train_decoder", "--out", tmp_path / "kandinsky-2-1", *clip, decoder, *movq, *data) == 0
+    index = json.loads((tmp_path / "kandinsky-2-1-prior" / "model_index.json").read_text())
+    assert index["_class_name"] == "KandinskyPriorPipeline"
     before, after = (UNet.from_pretrained(path / "unet") for path in (decoder, tmp_path / "kandinsky-2-1"))
     reads = "encoder_hid_proj.text_proj.weight"
     assert not torch.equal(before.state_dict()[reads], after.state_dict()[reads].float())
