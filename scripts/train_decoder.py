@@ -6,14 +6,16 @@ is trained on the captions too, read by the text tower in that folder.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kandinsky import MoVQ, UNet, cli, training_cli
+from kandinsky import Kandinsky, MoVQ, UNet, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import UNetConfig
 from kandinsky.diffusion_training import DecoderObjective, Painter, widen
@@ -44,6 +46,12 @@ def parse_args(argv=None):
         "--embedding-noise", type=float, default=0.0, help="added to the embeddings in training"
     )
     parser.add_argument(
+        "--prior",
+        type=Path,
+        help="train on what this prior draws of the captions: the pictures' own embeddings leave hints and "
+        "known pixels nothing to say",
+    )
+    parser.add_argument(
         "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written U-Net")
@@ -56,8 +64,13 @@ def reads_text(args) -> bool:
     return args.init is not None and UNet.read_config(args.init / "unet").text
 
 
+def draw_embeds(pipe: Kandinsky, seeds: Iterator[int], captions: list[str]) -> Tensor:
+    """(b, d), each from a seed of its own."""
+    return pipe.embed(captions, seed=list(islice(seeds, len(captions)))).image_embeds
+
+
 def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
-    device, texts = movq.device, None
+    device, texts, drawn = movq.device, None, None
     if reads_text(args):
         text_encoder = MultilingualCLIP.from_pretrained(args.init / "text_encoder", device=device)
         tokenizer = MultilingualTokenizer.from_pretrained(args.init / "tokenizer")
@@ -73,13 +86,19 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
             }
         if samples.hints is not None:
             out["hint"] = samples.hints
+        if drawn is not None:
+            out["image_embeds"] = drawn(samples.captions)
         if texts is not None:
             out |= texts(samples.captions)
         return {name: tensor.half() for name, tensor in out.items()}
 
+    if args.prior is not None:
+        pipe = Kandinsky.from_pretrained(args.init, args.prior, device)
+        drawn = partial(draw_embeds, pipe, count(args.seed))
+
     data = training_cli.data_of(args, hints=args.task == "hint")
-    count = args.count if args.data is None else len(data)
-    return build_cache(data, count, args.out / "training" / "latents.safetensors", encode)
+    number = args.count if args.data is None else len(data)
+    return build_cache(data, number, args.out / "training" / "latents.safetensors", encode)
 
 
 def is_for(config: UNetConfig, task: str) -> bool:
@@ -91,6 +110,8 @@ def check_task(args) -> None:
     training_cli.check_lora_flag(args)
     if args.task != "text2img" and args.init is None:
         raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
+    if args.prior is not None and args.init is None:
+        raise ValueError("--prior needs --init, a decoder that goes with it")
     if args.task == "hint" and reads_text(args):
         raise ValueError(f"{args.init} is of 2.1, which takes no hints")
     if args.lora is not None and not is_for(UNet.read_config(args.init / "unet"), args.task):

@@ -31,7 +31,8 @@ train train_clip --stage image --out "$out/clip" --steps 5000 --decay 0.5
 train train_prior --clip "$out/clip" --out "$out/mini-prior" --count 50000 --steps 10000 --train-text
 train train_decoder --clip "$out/clip" --movq "$out/movq" --out "$out/mini-decoder" --count 30000 --steps 9000
 
-# 6. The same decoder for inpainting and for depth hints.
-start="--clip $out/clip --movq $out/movq --init $out/mini-decoder --steps 3000 --embedding-noise 0.15"
+# 6. The same decoder for inpainting and for depth hints, from what the prior draws of the captions: a picture's own
+# embedding says where everything is, and beside it a hint or the known pixels would never be read.
+start="--clip $out/clip --movq $out/movq --init $out/mini-decoder --prior $out/mini-prior --steps 3000"
 train train_decoder $start --task inpaint --out "$out/mini-decoder-inpaint" --count 30000
 train train_decoder $start --task hint --out "$out/mini-controlnet-depth" --count 12000

@@ -9,10 +9,13 @@ import pytest
 import torch
 from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from kandinsky import Kandinsky, UNet, random_weights
 from kandinsky.cli import WEIGHTS
+from kandinsky.datasets import Folder
 from kandinsky.encoders import CLIPTextEncoder
+from tests.helpers import relative_l2
 from tests.test_training import write_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -136,6 +139,20 @@ def test_2_1_is_trained_on_its_captions(tmp_path, capsys):
         run("train_decoder", "--task", "hint", "--out", tmp_path / "hint", *clip, decoder, *movq, *data) == 2
     )
     assert "is of 2.1, which takes no hints" in capsys.readouterr().err
+
+
+def test_a_decoder_is_trained_on_what_the_prior_draws(trained, tmp_path, capsys):
+    data = ["--data", trained / "pictures", "--size", "16", *SHORT, "--seed", "5"]
+    places = ["--clip", trained / "clip", "--movq", trained / "mini-decoder", "--task", "inpaint"]
+    prior, start = ["--prior", trained / "mini-prior"], ["--init", trained / "mini-decoder"]
+    assert run("train_decoder", "--out", tmp_path / "out", *start, *prior, *places, *data) == 0
+    kept = load_file(tmp_path / "out" / "training" / "latents.safetensors")["image_embeds"]
+    captions = Folder(trained / "pictures", 16).load(list(range(8))).captions
+    pipe = Kandinsky.from_pretrained(trained / "mini-decoder", trained / "mini-prior")
+    drawn = pipe.embed(captions, seed=list(range(5, 13))).image_embeds
+    assert relative_l2(kept.float(), drawn) <= 1e-3, "half precision"
+    assert run("train_decoder", "--out", tmp_path / "no", *prior, *places[:4], *data) == 2
+    assert "--prior needs --init" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("network", ["prior", "unet"])
