@@ -232,9 +232,12 @@ def test_the_embedded_checkpoint_is_small():
     assert sum(path.stat().st_size for path in files) <= 24 * 2**20
 
 
-@pytest.mark.skipif(not (WEIGHTS / "mini-decoder-inpaint").is_dir(), reason="no embedded checkpoint")
-@pytest.mark.parametrize("task", ["inpaint", "hint"])
-def test_the_embedded_tasks_are_measured(task, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "task, folder", [("inpaint", "mini-decoder-inpaint"), ("hint", "mini-controlnet-depth")]
+)
+def test_the_embedded_tasks_are_measured(task, folder, tmp_path, capsys):
+    if not (WEIGHTS / folder).is_dir():
+        pytest.skip("no embedded checkpoint")
     out = tmp_path / f"{task}.json"
     assert run("evaluate_mini", "--task", task, "--cases", "12", "--batch-size", "12", "--out", out) == 0
     found = json.loads(out.read_text())
