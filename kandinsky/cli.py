@@ -82,9 +82,14 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
+    add_loop_flags(parser)
+
+
+def add_loop_flags(parser: ArgumentParser) -> None:
+    """What one picture takes."""
     parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
     parser.add_argument("--seed", type=int, help="image i uses seed + i; drawn and printed when absent")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
     parser.add_argument("--steps", type=int, default=50, help="decoder steps")
     sampler_help = "DPM-Solver++(2M), good in 15 to 20 steps; default: the checkpoint's scheduler"
     parser.add_argument("--sampler", choices=("dpm++",), help=sampler_help)

@@ -1,4 +1,4 @@
-"""Follows one run from the prompt to the picture, for `page.py` to tell.
+"""Follows one run from the prompt to the picture, for `page.py` to tell. Two public calls draw it.
 
 prompt ─ tokens ─ prior: clean estimates, read-out's attention ─ decoder: clean estimates, norms, attention
 """
@@ -149,10 +149,8 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
 
 def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dict[str, Any]) -> None:
     estimates: list[Tensor] = []
-    texts = ()
     if found.reads_words:
-        texts = (found.settings["prompt"], found.settings["negative_prompt"])
-        call = {"negative_prompt": texts[1], **call}
+        call = {name: found.settings[name] for name in ("prompt", "negative_prompt")} | call
     start = end = time.perf_counter()
 
     def watch(step: Step) -> None:
@@ -167,7 +165,6 @@ def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dic
         attention_maps(unet, "mid_block*", _share_of_further_tokens) as maps,
     ):
         found.picture = getattr(pipe, found.task)(
-            *texts[:1],
             embeds=embeds,
             num_inference_steps=found.settings["num_inference_steps"],
             seed=found.settings["seed"],

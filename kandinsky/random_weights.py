@@ -39,9 +39,9 @@ from kandinsky.config import (
 )
 from kandinsky.download import ZERO_IMAGE, check_space
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
-from kandinsky.images import CLIP_MEAN, CLIP_STD
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
+from kandinsky.repository import DECODER_INDEX, PRIOR_INDEX, preprocessor
 from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, UnCLIPScheduler, to_config
 from kandinsky.unet import UNet
 from kandinsky.vocabulary import END, write_vocabulary
@@ -303,21 +303,6 @@ def write_multilingual_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def preprocessor(image_size: int) -> dict[str, Any]:
-    """`preprocessor_config.json`: what `images.clip_pixels` does."""
-    return {
-        "crop_size": image_size,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
-        "resample": 3,  # bicubic
-        "size": image_size,
-    }
-
-
 def networks_of(repository: Repository, size: Size) -> list[tuple[str, type, Any]]:
     """Subfolder, class and config of each network."""
     if repository.unet is None:
@@ -333,27 +318,18 @@ def write_small_files(folder: Path, repository: Repository, size: Size) -> None:
     """All but networks: index, schedulers, tokenizer, preprocessing."""
     for name, scheduler in repository.schedulers.items():
         write_json(to_config(scheduler), folder / name / "scheduler_config.json")
-    scheduler = type(repository.schedulers["scheduler"]).__name__
-    parts = {"scheduler": ("diffusers", scheduler)}
+    index = {**(PRIOR_INDEX if repository.unet is None else DECODER_INDEX)}
     is_2_1 = size.decoder_text_encoder is not None
     if repository.unet is None:
-        write_json(
-            preprocessor(size.image_encoder.image_size), folder / "image_processor/preprocessor_config.json"
-        )
-        pad = {"pad": "!"} if is_2_1 else {}
-        write_tokenizer(folder / "tokenizer", size.text_encoder.vocab_size, **pad)
-        parts |= {"prior": ("diffusers", "PriorTransformer")}
-        parts |= {"text_encoder": ("transformers", "CLIPTextModelWithProjection")}
-        parts |= {"image_encoder": ("transformers", "CLIPVisionModelWithProjection")}
-        parts |= {"tokenizer": ("transformers", "CLIPTokenizer")}
-        parts |= {"image_processor": ("transformers", "CLIPImageProcessor")}
-    else:
-        parts |= {"unet": ("diffusers", "UNet2DConditionModel"), "movq": ("diffusers", "VQModel")}
-        if is_2_1:
-            write_multilingual_tokenizer(folder / "tokenizer")
-            parts |= {"text_encoder": ("kandinsky", "MultilingualCLIP")}  # a module inside diffusers
-            parts |= {"tokenizer": ("transformers", "XLMRobertaTokenizerFast")}
-    index = {"_class_name": repository.pipeline, "_diffusers_version": _DIFFUSERS, **parts}
+        settings = preprocessor(size.image_encoder.image_size)
+        write_json(settings, folder / "image_processor" / "preprocessor_config.json")
+        write_tokenizer(folder / "tokenizer", size.text_encoder.vocab_size, "!" if is_2_1 else END)
+    elif is_2_1:
+        write_multilingual_tokenizer(folder / "tokenizer")
+        index["text_encoder"] = ("kandinsky", "MultilingualCLIP")  # a module inside diffusers
+        index["tokenizer"] = ("transformers", "XLMRobertaTokenizerFast")
+    index["scheduler"] = ("diffusers", type(repository.schedulers["scheduler"]).__name__)
+    index |= {"_class_name": repository.pipeline, "_diffusers_version": _DIFFUSERS}
     write_json(index, folder / "model_index.json")
 
 

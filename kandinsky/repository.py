@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -47,20 +48,24 @@ DECODER_INDEX = {
 CLIP_PARTS = ("image_encoder", "image_processor", "text_encoder", "tokenizer")
 
 
-def write_image_constants(folder: Path, image_encoder: nn.Module) -> None:
-    """The image tower's preprocessing, and its embedding of the zero image."""
-    size = image_encoder.config.image_size
-    settings = {
-        "crop_size": size,
+def preprocessor(image_size: int) -> dict[str, Any]:
+    """`preprocessor_config.json`: what `images.clip_pixels` does."""
+    return {
+        "crop_size": image_size,
         "do_center_crop": True,
         "do_normalize": True,
         "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor",
         "image_mean": list(CLIP_MEAN),
         "image_std": list(CLIP_STD),
-        "resample": 3,
-        "size": size,
+        "resample": 3,  # bicubic
+        "size": image_size,
     }
+
+
+def write_image_constants(folder: Path, image_encoder: nn.Module) -> None:
+    """The image tower's preprocessing, and its embedding of the zero image."""
+    settings = preprocessor(image_encoder.config.image_size)
     write_json(settings, folder / "image_processor" / "preprocessor_config.json")
     embeds = zero_image_embeds(image_encoder).cpu()
     write_safetensors({"zero_image_embeds": embeds}, folder / "zero_image_embeds.safetensors")

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reference import distance, randn, reference_for
 from torch import Tensor, nn
 
 from kandinsky import Kandinsky, MoVQ, Prior, UNet, arguments, cli, random_weights
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.optimize import optimize
-from kandinsky.reference import distance, randn, reference_for
 from kandinsky.schedulers import UnCLIPScheduler
 
 IMPORTS = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reference import distance, randn, reference_for, share
 from torch import Tensor, nn
 
 from kandinsky import Kandinsky, arguments, cli, random_weights, schedulers
@@ -24,7 +25,6 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCL
 from kandinsky.movq import MoVQ
 from kandinsky.parts import zero_image_embeds
 from kandinsky.prior import Prior
-from kandinsky.reference import distance, randn, reference_for, share
 from kandinsky.unet import UNet
 
 FACTOR = {"small": 1.3, "released": 1.1}  # half precision: ours against theirs

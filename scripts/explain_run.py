@@ -17,14 +17,7 @@ def parse_args(argv=None):
     parser.add_argument("--mask", type=Path, help="with --image: repaint where it is white (inpaint)")
     parser.add_argument("--hint", type=Path, help="depth map, near is white; takes a checkpoint for hints")
     parser.add_argument("--strength", type=float, help="of img2img, 0 to 1")
-    parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
-    parser.add_argument("--seed", type=int, help="of prior and decoder; drawn and printed when absent")
-    parser.add_argument("--steps", type=int, default=50, help="of the decoder")
-    parser.add_argument("--prior-steps", type=int, default=25, help="of the prior")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="decoder guidance; 1 turns it off")
-    parser.add_argument(
-        "--prior-guidance-scale", type=float, default=4.0, help="prior guidance; 1 turns it off"
-    )
+    cli.add_loop_flags(parser)
     cli.add_size_flags(parser)
     cli.add_model_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("run.html"), help="page to write")
@@ -58,7 +51,7 @@ def main(argv=None) -> int:
     if args.optimize:
         pipe.optimize()
     steps = {"prior_num_inference_steps": args.prior_steps, "num_inference_steps": args.steps}
-    steps |= {n: getattr(args, n) for n in ("guidance_scale", "prior_guidance_scale")}
+    steps |= {n: getattr(args, n) for n in ("guidance_scale", "prior_guidance_scale", "sampler")}
     found = explain.trace(pipe, args.prompt, task, args.seed, args.negative_prompt, **steps, **call)
     found.settings |= {"weights": folder.name, "dtype": args.dtype, "device": str(pipe.device)}
     path = cli.free_name(args.out, args.overwrite)

@@ -1,8 +1,22 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from kandinsky import Kandinsky
+from kandinsky import Kandinsky, random_weights
 from tests.small import write_checkpoints
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # where a script finds what scripts share
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """Every repository of 2.2 and 2.1 with small random weights. Read only."""
+    out = tmp_path_factory.mktemp("random")
+    for model, (repositories, _) in random_weights.MODELS.items():
+        random_weights.make(out, "small", tuple(repositories), say=lambda line: None, model=model)
+    return out
 
 
 @pytest.fixture(scope="session")

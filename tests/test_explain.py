@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from kandinsky import Kandinsky, explain, inspection, random_weights
+from kandinsky import Kandinsky, explain, inspection
 from kandinsky.page import page
 from tests.test_images import picture
 from tests.test_scripts import run
@@ -21,16 +21,8 @@ CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("explain")
-    for model, (repositories, _) in random_weights.MODELS.items():
-        random_weights.make(out, "small", tuple(repositories), say=lambda line: None, model=model)
-    return out
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return Kandinsky.from_pretrained(folder / "kandinsky-2-2-decoder")
+def pipe(random_folder):
+    return Kandinsky.from_pretrained(random_folder / "kandinsky-2-2-decoder")
 
 
 def test_numbers_and_picture_are_the_runs(pipe):
@@ -74,12 +66,12 @@ def test_points_are_projected_onto_where_they_differ():
 
 
 @pytest.mark.parametrize("task", ["text2img", "img2img", "inpaint", "hint", "2.1"])
-def test_every_task_has_a_page_that_needs_nothing_else(folder, tmp_path, monkeypatch, task):
+def test_every_task_has_a_page_that_needs_nothing_else(random_folder, tmp_path, monkeypatch, task):
     monkeypatch.chdir(tmp_path)
     picture(16, 16).save("cat.png")
     Image.fromarray((255 * half_mask(16, 16)).astype("uint8")).save("mask.png")
     weights = {"inpaint": "kandinsky-2-2-decoder-inpaint", "hint": "kandinsky-2-2-controlnet-depth"}
-    weights = folder / weights.get(task, "kandinsky-2-1" if task == "2.1" else "kandinsky-2-2-decoder")
+    weights = random_folder / weights.get(task, "kandinsky-2-1" if task == "2.1" else "kandinsky-2-2-decoder")
     given = {
         "img2img": ["--image", "cat.png", "--strength", "0.5"],
         "inpaint": ["--image", "cat.png", "--mask", "mask.png", "--negative-prompt", "a"],
@@ -98,8 +90,8 @@ def test_every_task_has_a_page_that_needs_nothing_else(folder, tmp_path, monkeyp
     assert (tmp_path / "run-1.html").exists(), "nothing is overwritten"
 
 
-def test_2_1_is_led_away_from_the_negative_prompt_in_both_networks(folder):
-    pipe, size = Kandinsky.from_pretrained(folder / "kandinsky-2-1"), {"height": 32, "width": 32}
+def test_2_1_is_led_away_from_the_negative_prompt_in_both_networks(random_folder):
+    pipe, size = Kandinsky.from_pretrained(random_folder / "kandinsky-2-1"), {"height": 32, "width": 32}
     found = explain.trace(pipe, PROMPT, seed=1, negative_prompt="a", **size, **STEPS)
     embeds = pipe.embed(PROMPT, "a", num_inference_steps=4, seed=1)
     call = {"embeds": embeds, "num_inference_steps": 5, "seed": 1, **size}
@@ -118,8 +110,8 @@ def test_frames_have_the_pictures_size_and_hold_no_graph(pipe):
     assert found.frames[-1].picture.tobytes() == found.picture.tobytes(), "the last estimate is the result"
 
 
-def test_memory_phases_hold(folder):
-    pipe = Kandinsky.from_pretrained(folder / "kandinsky-2-2-decoder", keep_loaded=False)
+def test_memory_phases_hold(random_folder):
+    pipe = Kandinsky.from_pretrained(random_folder / "kandinsky-2-2-decoder", keep_loaded=False)
     explain.trace(pipe, PROMPT, height=32, width=32, **STEPS)
     assert not any(pipe.loaded(name) for name in ("prior", "unet", "movq", "text_encoder"))
 
@@ -147,9 +139,9 @@ def test_what_was_cut_is_said(pipe):
         (["--out", "."], "cannot write"),
     ],
 )
-def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, flags, message):
+def test_mistakes_are_one_line(random_folder, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
-    assert run("explain_run", "a", "--weights", folder / "kandinsky-2-2-decoder", *flags) == 2
+    assert run("explain_run", "a", "--weights", random_folder / "kandinsky-2-2-decoder", *flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error and list(tmp_path.iterdir()) == []
 

@@ -6,11 +6,11 @@ from accelerate import init_empty_weights
 from diffusers import PriorTransformer, UNet2DConditionModel
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig
 from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP as Reference
+from reference import share
 
 from kandinsky.config import TEXT_UNET, PriorConfig
 from kandinsky.encoders import MultilingualCLIP
 from kandinsky.prior import Prior
-from kandinsky.reference import share
 from kandinsky.unet import UNet
 from tests.helpers import randn, randomize, relative_l2
 

@@ -52,14 +52,6 @@ def networks_of(name: str, size: str):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    out = tmp_path_factory.mktemp("random")
-    for model, (repositories, _) in random_weights.MODELS.items():
-        random_weights.make(out, "small", tuple(repositories), say=lambda line: None, model=model)
-    return out
-
-
-@pytest.fixture(scope="module")
 def released_small_files(tmp_path_factory):
     """The released layout without its weights."""
     out = tmp_path_factory.mktemp("released")
@@ -87,32 +79,32 @@ def test_every_released_file_has_the_official_byte_count():
 
 @pytest.mark.parametrize("name", REPOSITORIES)
 def test_written_files_have_the_predicted_size_and_the_official_library_writes_the_same(
-    name, small, tmp_path
+    name, random_folder, tmp_path
 ):
     for subfolder, network, config in networks_of(name, "small"):
-        path = small / name / subfolder / network.weights_name
+        path = random_folder / name / subfolder / network.weights_name
         assert path.stat().st_size == random_weights.file_size(random_weights.layout(network, config))
         save_file(load_file(path), tmp_path / "again.safetensors", metadata={"format": "pt"})
         assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("name", REPOSITORIES)
-def test_diffusers_loads_every_network(small, name):
+def test_diffusers_loads_every_network(random_folder, name):
     for subfolder, network, _ in networks_of(name, "small"):
-        ours = network.from_pretrained(small / name / subfolder)
+        ours = network.from_pretrained(random_folder / name / subfolder)
         if network.__name__ == "MultilingualCLIP":
-            settings = {"config": MCLIPConfig.from_pretrained(small / name / subfolder)}
-            theirs = MultilingualCLIP.from_pretrained(small / name / subfolder, **settings)
+            settings = {"config": MCLIPConfig.from_pretrained(random_folder / name / subfolder)}
+            theirs = MultilingualCLIP.from_pretrained(random_folder / name / subfolder, **settings)
         else:
-            theirs = REFERENCES[subfolder].from_pretrained(small / name / subfolder)
+            theirs = REFERENCES[subfolder].from_pretrained(random_folder / name / subfolder)
         state = theirs.state_dict()
         for key, tensor in ours.state_dict().items():
             assert torch.equal(tensor, state[key].float()), key
 
 
-def test_the_network_in_memory_is_the_one_on_disk(small):
+def test_the_network_in_memory_is_the_one_on_disk(random_folder):
     for subfolder, network, config in networks_of("kandinsky-2-2-decoder", "small"):
-        on_disk = network.from_pretrained(small / "kandinsky-2-2-decoder" / subfolder).state_dict()
+        on_disk = network.from_pretrained(random_folder / "kandinsky-2-2-decoder" / subfolder).state_dict()
         in_memory = random_weights.randomize(network(config)).state_dict()
         assert all(torch.equal(on_disk[name], in_memory[name]) for name in on_disk)
 
@@ -130,15 +122,15 @@ def test_values_depend_on_the_seed_and_have_the_scale_that_was_asked_for():
     assert random_weights.scale("positional_embedding", (1, 81, 8)) == (0.0, 0.3)
 
 
-def test_the_zero_image_read_layer_by_layer_is_the_towers(small):
-    prior = small / "kandinsky-2-2-prior"
+def test_the_zero_image_read_layer_by_layer_is_the_towers(random_folder):
+    prior = random_folder / "kandinsky-2-2-prior"
     stored = open_safetensors(prior / "zero_image_embeds.safetensors").get_tensor("zero_image_embeds")
     assert relative_l2(stored, compute_zero_image_embeds(prior)) < 1e-6
 
 
 @pytest.mark.parametrize("decoder", ["kandinsky-2-2-decoder", "kandinsky-2-1"])
-def test_a_picture_comes_out(small, decoder):
-    pipe = Kandinsky.from_pretrained(small / decoder)
+def test_a_picture_comes_out(random_folder, decoder):
+    pipe = Kandinsky.from_pretrained(random_folder / decoder)
     sizes = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "height": 32, "width": 32}
     pixels = pipe.text2img("a red cat", seed=0, output_type="pt", **sizes)
     assert pixels.isfinite().all() and pixels.std() > 0.05
