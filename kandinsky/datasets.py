@@ -3,8 +3,9 @@
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Protocol
 
 import torch
@@ -15,18 +16,22 @@ from kandinsky import images, shapes
 from kandinsky.shapes import Scene
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+OBJECT_HOLES = 0.75  # the share of holes that are an object's
 HINT = ".hint"  # in a hint's name, before the suffix
 
 
 @dataclass(frozen=True)
 class Samples:
     """Pictures (b, 3, size, size) in [-1, 1], a caption each, and where they are known the scenes, and the
-    hints, (b, 3, size, size) in [0, 1]."""
+    hints, (b, 3, size, size) in [0, 1]; for inpainting holes, (b, 1, size, size) of 0 and 1, and the pictures
+    as they were before."""
 
     pixels: Tensor
     captions: list[str]
     scenes: list[Scene] | None = None
     hints: Tensor | None = None
+    holes: Tensor | None = None
+    before: Tensor | None = None
 
 
 class Dataset(Protocol):
@@ -123,6 +128,35 @@ class Folder:
             report(f"{path} cannot be read: {error}")
             return False
         return True
+
+
+def with_holes(samples: Samples, rng: Random) -> Samples:
+    """Holes to be repainted, and in them what is not to be seen again.
+
+    The autoencoder spreads a little of what is in a hole over the latents around it. Were that the sample
+    itself, the decoder would learn to read it there, and would later paint again what was to be replaced.
+    Mostly the hole is that of an object exchanged for another; where the scene is not known, and else, it is
+    a rectangle, a quarter to all of each side, in which the next picture is seen.
+    """
+    size, holes, before = samples.pixels.shape[-1], [], samples.pixels.roll(-1, dims=0).clone()
+    for row, pixels in enumerate(samples.pixels):
+        if samples.scenes is not None and rng.random() < OBJECT_HOLES:
+            scene = samples.scenes[row]
+            other, changed = shapes.with_another_object(scene, rng)
+            hole = torch.from_numpy(shapes.hole_of(scene, other, changed, size))
+            before[row] = shapes.as_pixels(shapes.render(other, size))
+        else:
+            hole = torch.zeros(size, size, dtype=torch.bool)
+            hole[_span(size, rng), _span(size, rng)] = True
+        before[row] = torch.where(hole, before[row], pixels)
+        holes.append(hole)
+    return replace(samples, holes=torch.stack(holes)[:, None].float(), before=before)
+
+
+def _span(size: int, rng: Random) -> slice:
+    length = rng.uniform(0.25, 1)
+    start = rng.uniform(0, 1 - length)
+    return slice(round(start * size), round((start + length) * size))
 
 
 def report(message: str) -> None:

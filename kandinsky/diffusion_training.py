@@ -232,8 +232,9 @@ def draw_embeds(
 
 
 class DecoderObjective(Objective):
-    """cache: image_embeds and latents; for the hint form also `hint`, for 2.1 what `encode_decoder_texts`
-    gives. Where the image embedding is dropped, 2.1 reads the empty prompt, as it does in guidance."""
+    """cache: image_embeds and latents; for the hint form also `hint`, for inpainting `known`, as in
+    `decoder_loss`; for 2.1 what `encode_decoder_texts` gives. Where the image embedding is dropped, 2.1 reads
+    the empty prompt, as it does in guidance."""
 
     def __init__(
         self,
@@ -252,7 +253,7 @@ class DecoderObjective(Objective):
         self.embedding_noise = embedding_noise
 
     def batch(self, indices: list[int]) -> dict[str, Any]:
-        others = {"hint", *DECODER_TEXTS} & self.cache.keys()
+        others = {"hint", "known", *DECODER_TEXTS} & self.cache.keys()
         batch = self.cache.rows(indices, "image_embeds", "latents", *others)
         if "hint" in batch:  # 8 of its pixels go with a latent, whatever MoVQ does
             height, width = (8 * side for side in batch["latents"].shape[-2:])
@@ -268,15 +269,12 @@ class DecoderObjective(Objective):
         image_embeds = torch.where(dropped, self.zero_image_embeds.to(x0.device), batch["image_embeds"])
         if self.embedding_noise:  # what the prior draws is never exact
             image_embeds = image_embeds + self.embedding_noise * draws.randn(image_embeds.shape[1])
-        entrance = {"hint": batch["hint"]} if "hint" in batch else {}
+        entrance = {name: batch[name] for name in ("hint", "known") if name in batch}
         for name in DECODER_TEXTS & batch.keys():
             texts, empty = batch[name], self.cache[f"empty_{name}"].float().to(x0.device)
             entrance[name.removeprefix("decoder_")] = torch.where(
                 dropped.view(-1, *[1] * (texts.ndim - 1)), empty, texts
             )
-        if self.unet.config.in_channels == 2 * x0.shape[1] + 1:
-            kept = random_masks(draws, x0)
-            entrance["known"] = torch.cat([x0 * kept, kept], dim=1)  # the latents are masked, not the picture
         error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, image_embeds, **entrance)
         return error + self.bound * bound, {"error": error.detach(), "bound": bound.detach()}
 
@@ -339,14 +337,3 @@ def widen(unet: UNet, wider: UNet) -> UNet:
         elif name in weights:
             tensor.copy_(weights[name])
     return wider
-
-
-def random_masks(draws: Draws, x0: Tensor) -> Tensor:
-    """Rectangles to repaint, a quarter to all of each side: (b, 1, h, w), 0 in them and 1 outside"""
-    masks = []
-    for side, numbers in zip(x0.shape[-2:], (draws.rand(2), draws.rand(2))):
-        length = 0.25 + 0.75 * numbers[:, :1]
-        start = numbers[:, 1:] * (1 - length)
-        at = (torch.arange(side, device=x0.device) + 0.5) / side
-        masks.append((at >= start) & (at < start + length))
-    return 1 - (masks[0][:, :, None] & masks[1][:, None, :])[:, None].to(x0.dtype)

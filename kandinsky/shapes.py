@@ -264,6 +264,11 @@ def box_mask(item: Object, size: int = 64) -> np.ndarray:
     return (np.abs(at - item.y) < reach)[:, None] & (np.abs(at - item.x) < reach)[None]
 
 
+def hole_of(before: Scene, after: Scene, changed: int, size: int = 64) -> np.ndarray:
+    """Boolean (size, size): squares around what was exchanged, and around what is there now."""
+    return box_mask(before.objects[changed], size) | box_mask(after.objects[changed], size)
+
+
 def depth_hint(scene: Scene, size: int = 64) -> np.ndarray:
     """uint8 (size, size): the ground is black, the first object white, each further one a step darker."""
     hint = np.zeros((size, size), np.uint8)
@@ -281,8 +286,12 @@ def batch(
     captions = [
         caption(scene, Random(f"{seed} {index} {split} caption")) for scene, index in zip(scenes, indices)
     ]
-    pictures = torch.from_numpy(np.stack([render(scene, size) for scene in scenes]))
-    return rearrange(pictures, "b h w c -> b c h w").float() / 127.5 - 1, captions, scenes
+    return torch.stack([as_pixels(render(scene, size)) for scene in scenes]), captions, scenes
+
+
+def as_pixels(picture: np.ndarray) -> Tensor:
+    """uint8 (h, w, 3) -> (3, h, w) in [-1, 1]"""
+    return rearrange(torch.from_numpy(picture), "h w c -> c h w").float() / 127.5 - 1
 
 
 # Words, the usual one first. Every one of them is both said and understood.

@@ -28,7 +28,7 @@ from kandinsky.images import save_image, to_pil
 from kandinsky.judge import judge, shows
 from kandinsky.movq_training import psnr
 from kandinsky.sampling import ImageEmbeds
-from kandinsky.shapes import Scene, box_mask, caption, depth_hint, random_scene, render, with_another_object
+from kandinsky.shapes import Scene, caption, depth_hint, hole_of, random_scene, render, with_another_object
 from kandinsky.training import tile
 
 SEED = 1_000_003  # of the shapes; training uses small ones
@@ -147,7 +147,7 @@ def evaluate_inpaint(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
         scenes.append(scene)
         captions.append(caption(scene, rng))
         given.append(render(before, size))
-        boxes.append(box_mask(before.objects[changed], size) | box_mask(scene.objects[changed], size))
+        boxes.append(hole_of(before, scene, changed, size))
     masks = [box.astype(np.float32) for box in boxes]
     pictures = draw(pipe.inpaint, args.cases, args, prompt=captions, image=given, mask_image=masks)
     kept = [np.array_equal(np.array(p)[~box], x[~box]) for p, x, box in zip(pictures, given, boxes)]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
@@ -18,9 +19,11 @@ from torch import Tensor
 from kandinsky import Kandinsky, MoVQ, UNet, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import UNetConfig
+from kandinsky.datasets import Samples, with_holes
 from kandinsky.diffusion_training import DecoderObjective, Painter, widen
 from kandinsky.embedding_cache import Cache, build_cache, encode_decoder_texts
 from kandinsky.encoders import MultilingualCLIP, MultilingualTokenizer
+from kandinsky.masks import keep_latents
 from kandinsky.parts import zero_image_embeds
 from kandinsky.repository import write_decoder_repository, write_decoder_repository_2_1
 from kandinsky.schedulers import DDPMScheduler
@@ -28,6 +31,7 @@ from kandinsky.training import initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
 
 ENTRANCES = {"text2img": (4, False), "inpaint": (9, False), "hint": (8, True)}  # channels, hint network
+HOLES = 8  # in each picture of a folder, for inpainting
 ZERO = ("conv2", "to_out.0", "conv_out")  # what starts at zero, so that blocks start as the identity
 
 
@@ -69,8 +73,14 @@ def draw_embeds(pipe: Kandinsky, seeds: Iterator[int], captions: list[str]) -> T
     return pipe.embed(captions, seed=list(islice(seeds, len(captions)))).image_embeds
 
 
+def known_latents(movq: MoVQ, samples: Samples) -> Tensor:
+    """What an inpainting U-Net reads beside the sample: latents and mask of what is kept, (b, 5, h, w)"""
+    kept = keep_latents(samples.holes, movq.config.downscale).to(movq.device)
+    return torch.cat([kept * movq.encode(samples.before.to(movq.device)), kept], dim=1)
+
+
 def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
-    device, texts, drawn = movq.device, None, None
+    device, texts, drawn, rng = movq.device, None, None, Random(args.seed)
     if reads_text(args):
         text_encoder = MultilingualCLIP.from_pretrained(args.init / "text_encoder", device=device)
         tokenizer = MultilingualTokenizer.from_pretrained(args.init / "tokenizer")
@@ -84,6 +94,8 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
                 "image_embeds": image_encoder(clip_normalize(pixels, size)),
                 "latents": movq.encode(pixels),
             }
+            if args.task == "inpaint":
+                out["known"] = known_latents(movq, with_holes(samples, rng))
         if samples.hints is not None:
             out["hint"] = samples.hints
         if drawn is not None:
@@ -97,7 +109,8 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
         drawn = partial(draw_embeds, pipe, count(args.seed))
 
     data = training_cli.data_of(args, hints=args.task == "hint")
-    number = args.count if args.data is None else len(data)
+    rounds = HOLES if args.task == "inpaint" else 1
+    number = args.count if args.data is None else rounds * len(data)
     return build_cache(data, number, args.out / "training" / "latents.safetensors", encode)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -22,10 +23,12 @@ from transformers import CLIPTokenizer
 from kandinsky import MoVQ, Prior, UNet, diffusion_training, images, shapes
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
-from kandinsky.datasets import Folder, Shapes, read_picture, shuffled
+from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
 from kandinsky.diffusion_training import DecoderObjective, PriorObjective, decoder_loss, prior_loss, widen
 from kandinsky.embedding_cache import Cache
 from kandinsky.encoders import CLIPTextEncoder
+from kandinsky.images import to_pil
+from kandinsky.judge import see
 from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses
 from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
@@ -342,11 +345,36 @@ def test_inpainting_and_hint_decoders_learn_their_entrance(entrance):
     cache = small_cache()
     if entrance[1]:
         cache.tensors["hint"] = randn(12, 3, 64, 64).half()
+    else:
+        cache.tensors["known"] = randn(12, 5, 8, 8).half()
     objective = DecoderObjective(
         initialize(UNet(config), 0), DDPMScheduler(), cache, torch.zeros(1, EMBEDDING_DIM)
     )
     objective.loss(objective.batch([0, 1, 2, 3]), Draws("0", slice(None), 4))[0].backward()
     assert objective.unet.conv_in.weight.grad[:, 4:].abs().amax(dim=(0, 2, 3)).min() > 0
+
+
+def test_holes_show_something_else_and_the_rest_stays():
+    for data in (Shapes(3).load(list(range(40))), Samples(randn(40, 3, 24, 24), [""] * 40)):
+        samples = with_holes(data, Random(7))
+        inside = samples.holes.bool().expand(-1, 3, -1, -1)
+        assert torch.equal(samples.pixels, data.pixels)
+        assert torch.equal(samples.before[~inside], samples.pixels[~inside])
+        changed = ((samples.before - samples.pixels).abs().amax(dim=1) > 0.2).flatten(1)
+        assert changed.any(dim=1).float().mean() > 0.9
+        assert 0.02 < samples.holes.mean(dim=(1, 2, 3)).min() and samples.holes.mean() < 0.5
+        assert torch.equal(with_holes(data, Random(7)).before, samples.before)
+
+
+def test_holes_of_shapes_are_mostly_one_objects():
+    samples = with_holes(Shapes(3).load(list(range(200))), Random(7))
+    removed = 0
+    for scene, before in zip(samples.scenes, samples.before):
+        picture = to_pil(before[None] / 2 + 0.5)[0]
+        now = see(picture).objects
+        kept = sum(any(a.color == b.color and a.shape == b.shape for b in now) for a in scene.objects)
+        removed += len(now) == len(scene.objects) and kept == len(scene.objects) - 1
+    assert removed > 0.6 * 200
 
 
 def test_discriminator_and_autoencoder_each_learn_from_their_own_loss():

@@ -2,7 +2,9 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ import torch
 from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from train_decoder import known_latents
 
-from kandinsky import Kandinsky, UNet, random_weights
+from kandinsky import Kandinsky, MoVQ, UNet, datasets, random_weights
 from kandinsky.cli import WEIGHTS
-from kandinsky.datasets import Folder
+from kandinsky.datasets import Folder, Shapes, with_holes
+from kandinsky.embedding_cache import Cache
 from kandinsky.encoders import CLIPTextEncoder
 from tests.helpers import relative_l2
 from tests.test_training import write_folder
@@ -109,6 +113,20 @@ def test_inpainting_starts_from_a_text_to_image_decoder(trained, tmp_path, capsy
     start = ["--init", trained / "mini-decoder"]
     assert run("train_decoder", "--out", tmp_path / "inpaint", *start, *places, *data) == 0
     assert Kandinsky.from_pretrained(tmp_path / "inpaint").unet_config.in_channels == 9
+    cache = Cache.read(tmp_path / "inpaint" / "training" / "latents.safetensors")
+    assert len(cache) == 8 * len(list((trained / "pictures").glob("*.png")))  # so many holes in each
+    assert set(cache["known"][:, 4].unique().tolist()) == {0, 1}
+
+
+@torch.no_grad()
+def test_known_latents_tell_nothing_of_what_is_to_be_painted(trained, monkeypatch):
+    monkeypatch.setattr(datasets, "OBJECT_HOLES", 1)
+    movq, data = MoVQ.from_pretrained(trained / "mini-decoder" / "movq"), Shapes(1, 16).load([0, 1, 2, 3])
+    samples = with_holes(data, Random(0))
+    other = replace(data, pixels=torch.where(samples.holes > 0, 0.5, data.pixels))
+    known, kept = known_latents(movq, samples), known_latents(movq, samples)[:, 4:]
+    assert torch.equal(known, known_latents(movq, with_holes(other, Random(0)))) and 0 < kept.mean() < 1
+    assert torch.equal(known[:, :4], kept * movq.encode(samples.before))
 
 
 def test_2_1_is_trained_on_its_captions(tmp_path, capsys):
