@@ -160,6 +160,16 @@ def share(value: Any, name: str) -> float:
     return float(value)
 
 
+def interval(value: Any, name: str) -> tuple[float, float]:
+    """Two numbers in [0, 1], the first not above the second."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} is {value!r}; two numbers, (start, stop), are needed")
+    start, stop = (share(x, name) for x in value)
+    if start > stop:
+        raise ValueError(f"{name} is {tuple(value)}; it starts after it stops")
+    return start, stop
+
+
 def batch(**counts: int) -> int:
     """How many rows lists of such lengths make: all are equal, but one alone goes with all of the others."""
     count = max(counts.values())

@@ -84,6 +84,18 @@ def add_model_flags(parser: ArgumentParser) -> None:
 def add_sampling_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
     add_loop_flags(parser)
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("START", "STOP"),
+        help="guide in this part of the loop only; faster, approximate",
+    )
+    every_help = (
+        "run the whole U-Net at each N-th step, its outermost level at the others; faster, approximate"
+    )
+    parser.add_argument("--cache-every", type=int, default=1, metavar="N", help=every_help)
 
 
 def add_loop_flags(parser: ArgumentParser) -> None:

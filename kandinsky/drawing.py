@@ -73,6 +73,8 @@ def call_of(args: Namespace) -> dict[str, Any]:
         "guidance_scale": args.guidance_scale,
         "num_inference_steps": args.steps,
         "sampler": args.sampler,
+        "guidance_interval": args.guidance_interval,
+        "cache_every": args.cache_every,
         "prior_num_inference_steps": args.prior_steps,
         "prior_guidance_scale": args.prior_guidance_scale,
         "seed": args.seed,

@@ -23,6 +23,8 @@ MAX_LENGTH = 2**18
 INPUTS = {"image", "mask_image", "hint", "lora"}
 SAMPLERS = {"dpm++": "DPM++ 2M"}  # by the name that others know
 _BLOCK = 2**16
+# arguments that older pictures do not have, and what they were then
+_LATER = {"sampler": None, "guidance_interval": [0.0, 1.0], "cache_every": 1}
 
 Check = Callable[[Any], bool]
 
@@ -150,7 +152,8 @@ def read(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"the settings in {path} are not JSON ({error})") from None
     if isinstance(settings, dict) and isinstance(settings.get("call"), dict):
-        settings["call"].setdefault("sampler", None)  # pictures made before there was a choice
+        for name, value in _LATER.items():
+            settings["call"].setdefault(name, value)
     problem = _problem(settings, _FIELDS, "settings") or _problem_across(settings)
     if problem:
         raise SettingsError(f"{path}: {problem}")
@@ -203,6 +206,8 @@ _COMMON = {
     "guidance_scale": _number,
     "num_inference_steps": _STEPS,
     "sampler": _one_of(None, *SAMPLERS),
+    "guidance_interval": lambda value: _many(_share)(value) and len(value) == 2 and value[0] <= value[1],
+    "cache_every": _STEPS,
     "prior_num_inference_steps": _STEPS,
     "prior_guidance_scale": _number,
     "seed": _many(_whole(0, 2**64 - 1)),

@@ -45,6 +45,8 @@ class Kandinsky(Requests):
         guidance_scale: float = 4.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_every: int = 1,
         prior_num_inference_steps: int = 25,
         prior_guidance_scale: float = 4.0,
         seed: int | list[int] | None = None,
@@ -62,6 +64,9 @@ class Kandinsky(Requests):
             latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f².
             height, width: pixels, up to 65,536; None: the checkpoint's own.
             sampler: "dpm++" for DPM-Solver++(2M), good in 15 to 20 steps; None: the checkpoint's scheduler.
+            guidance_interval: (start, stop), shares of the loop: steps before and after it are not guided and
+                cost half. cache_every: of so many steps one runs the whole U-Net, the others its outermost
+                level. Both are approximate: see `kandinsky.approximate`.
             output_type: "pil": a list; "pt": float32 (b, 3, h, w) in [0, 1]; "latent": uncropped latents.
             on_step: called with each of the decoder's Steps; returning False ends the call with None.
             Others as in `embed`, with `prior_` before those that are the prior's.
@@ -76,7 +81,8 @@ class Kandinsky(Requests):
         hints = None if hint is None else images.hints(hint)
         words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
         rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
-        request = self._request(words, (height, width), *rest, hints=hints)
+        shortcuts = (guidance_interval, cache_every)
+        request = self._request(words, (height, width), shortcuts, *rest, hints=hints)
         loop = self._text2img_loop(request, scheduler, timesteps, hints)
         return self._finish(request, self._sample(request, len(timesteps), loop))
 
@@ -98,6 +104,8 @@ class Kandinsky(Requests):
         guidance_scale: float = 4.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_every: int = 1,
         prior_num_inference_steps: int = 25,
         prior_guidance_scale: float = 4.0,
         seed: int | list[int] | None = None,
@@ -123,7 +131,8 @@ class Kandinsky(Requests):
         pictures, hints = images.pictures(image), None if hint is None else images.hints(hint)
         words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
         rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
-        request = self._request(words, (height, width), *rest, pictures=pictures, hints=hints)
+        shortcuts = (guidance_interval, cache_every)
+        request = self._request(words, (height, width), shortcuts, *rest, pictures=pictures, hints=hints)
         z = self._encode(request, pictures)
         if not timesteps:
             return self._finish(request, z)
@@ -158,6 +167,8 @@ class Kandinsky(Requests):
         guidance_scale: float = 4.0,
         num_inference_steps: int = 50,
         sampler: str | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        cache_every: int = 1,
         prior_num_inference_steps: int = 25,
         prior_guidance_scale: float = 4.0,
         seed: int | list[int] | None = None,
@@ -187,7 +198,8 @@ class Kandinsky(Requests):
         feather_mask = arguments.whole(feather_mask, "feather_mask", 0)
         words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
         rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
-        request = self._request(words, (height, width), *rest, pictures=pictures, masks=repaint)
+        shortcuts = (guidance_interval, cache_every)
+        request = self._request(words, (height, width), shortcuts, *rest, pictures=pictures, masks=repaint)
         repaint = [masks.resize(mask, *request.size)[None] for mask in repaint]
         repaint = [masks.grow(1 - mask if invert_mask else mask, grow_mask) for mask in repaint]
         padded = request.rows([images.pad_to(mask, *request.full_size, "constant") for mask in repaint])
@@ -259,7 +271,15 @@ class Kandinsky(Requests):
         x = draw() if request.latents is None else request.latents.to(self.device)
         x = x if start is None else start(x)
         with self.using("unet") as unet:
+            unet = self._shortened(unet, request)
             return self._run(loop(unet, image_embeds, x, draw), num_steps, *request.watch, "decoder")
+
+    def _shortened(self, unet: UNet, request: Request) -> UNet:
+        if request.shortcuts == ((0.0, 1.0), 1):
+            return unet
+        from kandinsky.approximate import approximate
+
+        return approximate(unet, request.guidance_scale > 1, *request.shortcuts)
 
     def _sampler(self, name: str | None) -> NoiseScheduler:
         if name is None:

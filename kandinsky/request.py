@@ -34,6 +34,7 @@ class Request(NamedTuple):
     latents: Tensor | None
     output_type: str
     watch: tuple[OnStep | None, bool]
+    shortcuts: tuple[tuple[float, float], int]  # guidance interval, and of how many steps one is whole
 
     def rows(self, items: list[Tensor]) -> Tensor:
         """One item for every prompt, or one alone for all -> (images, …)"""
@@ -48,6 +49,7 @@ class Requests(Embedding):
         self,
         words: tuple[Any, Any, Any, Any, Any],
         size: tuple[Any, Any],
+        shortcuts: tuple[Any, Any],
         latents: Any,
         images_per_prompt: Any,
         guidance_scale: Any,
@@ -63,6 +65,9 @@ class Requests(Embedding):
         arguments.choice(output_type, "output_type", OUTPUT_TYPES)
         height, width = self._size(*size, lists.get("pictures"))
         guidance_scale = arguments.number(guidance_scale, "guidance_scale")
+        interval, cache_every = shortcuts
+        interval = arguments.interval(interval, "guidance_interval")
+        shortcuts = (interval, arguments.whole(cache_every, "cache_every"))
         texts, given = self._prompts_or_embeds(prompt, embeds, negative_prompt)
         lengths = {name: len(items) for name, items in lists.items() if items is not None}
         decoder_texts = None
@@ -86,7 +91,8 @@ class Requests(Embedding):
             self.check_zero_image()
         words = (texts, negatives, decoder_texts, embeds, count, images_per_prompt, prior_settings)
         words = (*words, guidance_scale)
-        return Request(*words, (height, width), full_size, shape, latents, output_type, (on_step, progress))
+        rest = (latents, output_type, (on_step, progress), shortcuts)
+        return Request(*words, (height, width), full_size, shape, *rest)
 
     def _check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder

@@ -365,6 +365,10 @@ class UNet(nn.Module, Pretrained):
 
     def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
         """`forward` at the plan's index-th timestep, without what the plan holds. x: as `forward`'s"""
+        return self.denoise(x, self.conditioning(plan, index), plan.hint_features)
+
+    def conditioning(self, plan: Plan, index: int) -> Conditioning:
+        """What a plan gives to the blocks at its index-th timestep."""
         if not 0 <= index < len(plan.temb):
             raise IndexError(f"index is {index}; this plan has {len(plan.temb)} timesteps")
         chunk, row = divmod(index, 64)
@@ -372,7 +376,7 @@ class UNet(nn.Module, Pretrained):
             plan.modulations = self._modulations(plan.temb[64 * chunk : 64 * (chunk + 1)])
             plan.chunk = chunk
         modulations = {block: (scale[row], shift[row]) for block, (scale, shift) in plan.modulations.items()}
-        return self.denoise(x, plan.added | modulations, plan.hint_features)
+        return plan.added | modulations
 
     def _modulations(self, temb: Tensor) -> Conditioning:
         return {block: block.modulation(temb) for block in self.modules() if isinstance(block, ResnetBlock)}

@@ -49,6 +49,7 @@ def call_of(args) -> dict:
 
 def decoder_call(call: dict) -> dict:
     names = ("guidance_scale", "num_inference_steps", "sampler", "height", "width")
+    names += ("guidance_interval", "cache_every")
     return {name: call[name] for name in names}
 
 

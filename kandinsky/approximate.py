@@ -1,0 +1,102 @@
+"""Approximate ways through the decoder's loop, off by default: they leave out work, and change the picture.
+
+    guidance interval   guidance in a part of the loop only (arXiv:2404.07724); elsewhere the unconditional
+                        rows are not computed
+    kept features       what the inner levels make is kept for some steps (arXiv:2312.00858); in these only
+                        the outermost level runs, on the way in and on the way out
+
+Each stands in for the U-Net in the loops of `kandinsky.sampling`, which know of neither.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kandinsky.unet import Conditioning, Plan, UNet
+
+Like = Any  # a UNet, or what stands in for one
+
+
+class GuidanceInterval:
+    """Guides the steps of which index / num_steps lies in [start, stop). Rows: unconditional ones first."""
+
+    def __init__(self, unet: Like, start: float, stop: float):
+        self.unet, self.start, self.stop = unet, start, stop
+
+    def prepare(self, image_embeds: Tensor, timesteps: Sequence[int], *others: Tensor | None) -> Plan:
+        plan = self.unet.prepare(image_embeds, timesteps, *others)
+        self.guided, self.unguided = plan, last_rows(plan, len(image_embeds) // 2)
+        return plan
+
+    def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
+        """As UNet's; outside the interval both halves are the conditional one, which guidance leaves."""
+        if self.start <= index / len(plan.temb) < self.stop:
+            return self.unet.step(x, self.guided, index)
+        cond = self.unet.step(x[len(x) // 2 :], self.unguided, index)
+        return torch.cat([cond, cond])
+
+
+def last_rows(plan: Plan, count: int) -> Plan:
+    """The plan of the last rows alone."""
+    added = {block: (keys[-count:], values[-count:]) for block, (keys, values) in plan.added.items()}
+    hint_features = plan.hint_features if plan.hint_features is None else plan.hint_features[-count:]
+    return replace(
+        plan, temb=plan.temb[:, -count:], added=added, hint_features=hint_features, chunk=-1, modulations={}
+    )
+
+
+class KeptFeatures:
+    """Runs the whole U-Net at each `every`-th step, and its outermost level at the others."""
+
+    def __init__(self, unet: UNet, every: int):
+        self.unet, self.every, self.inner = unet, every, None
+
+    def prepare(self, *given: Any) -> Plan:
+        return self.unet.prepare(*given)
+
+    def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
+        """As UNet's, steps in order. All is run, too, where rows are new."""
+        if index % self.every == 0 or self.inner is None or len(self.inner) < len(x):
+            return self._whole_step(x, plan, index)
+        given = self.unet.conditioning(plan, index)
+        return outermost(self.unet, x, self.inner[-len(x) :], given, plan.hint_features)
+
+    def _whole_step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
+        def keep(_: Any, args: tuple) -> None:
+            self.inner = args[0]
+
+        hook = self.unet.up_blocks[-1].register_forward_pre_hook(keep)
+        try:
+            return self.unet.step(x, plan, index)
+        finally:
+            hook.remove()
+
+
+def outermost(
+    unet: UNet, x: Tensor, inner: Tensor, given: Conditioning, hint_features: Tensor | None
+) -> Tensor:
+    """`UNet.denoise` with what the inner levels made: inner (b, c, h, w), the input of the last up block."""
+    x = x.to(unet.dtype)
+    if hint_features is not None:
+        x = torch.cat([x, hint_features], dim=1)
+    x = unet.conv_in(x)
+    skips = [x]
+    for resnet in unet.down_blocks[0].resnets:
+        x = resnet(x, given[resnet])
+        skips.append(x)
+    x = unet.up_blocks[-1](inner, skips, given)
+    return unet.conv_out(F.silu(unet.conv_norm_out(x))).float()
+
+
+def approximate(unet: UNet, guided: bool, guidance_interval: tuple[float, float], cache_every: int) -> Like:
+    """What stands in for the U-Net in a loop; itself where nothing is left out. guided: half of the rows are
+    unconditional."""
+    if cache_every > 1:
+        unet = KeptFeatures(unet, cache_every)
+    if guided and guidance_interval != (0.0, 1.0):
+        unet = GuidanceInterval(unet, *guidance_interval)
+    return unet
