@@ -84,6 +84,29 @@ def add_model_flags(parser: ArgumentParser) -> None:
 def add_sampling_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
     add_loop_flags(parser)
+    add_approximate_flags(parser)
+
+
+def add_loop_flags(parser: ArgumentParser) -> None:
+    """What one picture takes."""
+    parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
+    parser.add_argument("--seed", type=int, help="image i uses seed + i; drawn and printed when absent")
+    add_sampler_flags(parser)
+    parser.add_argument("--prior-steps", type=int, default=25, help="prior steps")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="decoder guidance; 1 turns it off")
+    parser.add_argument(
+        "--prior-guidance-scale", type=float, default=4.0, help="prior guidance; 1 turns it off"
+    )
+
+
+def add_sampler_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=50, help="decoder steps")
+    sampler_help = "DPM-Solver++(2M), good in 15 to 20 steps; default: the checkpoint's scheduler"
+    parser.add_argument("--sampler", choices=("dpm++",), help=sampler_help)
+
+
+def add_approximate_flags(parser: ArgumentParser) -> None:
+    """What `kandinsky.approximate` leaves out."""
     parser.add_argument(
         "--guidance-interval",
         type=float,
@@ -96,20 +119,6 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
         "run the whole U-Net at each N-th step, its outermost level at the others; faster, approximate"
     )
     parser.add_argument("--cache-every", type=int, default=1, metavar="N", help=every_help)
-
-
-def add_loop_flags(parser: ArgumentParser) -> None:
-    """What one picture takes."""
-    parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
-    parser.add_argument("--seed", type=int, help="image i uses seed + i; drawn and printed when absent")
-    parser.add_argument("--steps", type=int, default=50, help="decoder steps")
-    sampler_help = "DPM-Solver++(2M), good in 15 to 20 steps; default: the checkpoint's scheduler"
-    parser.add_argument("--sampler", choices=("dpm++",), help=sampler_help)
-    parser.add_argument("--prior-steps", type=int, default=25, help="prior steps")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="decoder guidance; 1 turns it off")
-    parser.add_argument(
-        "--prior-guidance-scale", type=float, default=4.0, help="prior guidance; 1 turns it off"
-    )
 
 
 def add_prompt(parser: ArgumentParser) -> None:

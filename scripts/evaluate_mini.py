@@ -1,6 +1,7 @@
 """Measures a checkpoint trained on shapes: are its pictures right, by the judge, and how good are its parts?
 
-Captions and pictures are of a seed that no training uses. Pictures are drawn with the default settings.
+Captions and pictures are of a seed that no training uses. Pictures are drawn with the default settings, where
+--steps, --sampler, --guidance-interval and --cache-every give no others.
 
 --task inpaint: one object of a picture is exchanged for another, by a mask around it and the new picture's
 caption; right is a picture that shows every object asked for, and the ground where the caption says it.
@@ -53,6 +54,8 @@ def parse_args(argv=None):
     parser.add_argument("--cases", type=int, default=200, help="of inpaint and hint")
     parser.add_argument("--batch-size", type=int, default=50, help="pictures drawn at once")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    cli.add_sampler_flags(parser)
+    cli.add_approximate_flags(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")
     parser.add_argument("--out", type=Path, help="JSON file for the figures; the grid goes beside it")
     args = parser.parse_args(argv)
@@ -62,16 +65,17 @@ def parse_args(argv=None):
 
 def draw(method: Callable, count: int, args, **given: list) -> list:
     """A picture for each of `count` rows of what is given."""
-    pictures = []
+    pictures, settings = [], {"num_inference_steps": args.steps, "sampler": args.sampler}
+    settings |= {"guidance_interval": args.guidance_interval, "cache_every": args.cache_every}
     for start in range(0, count, args.batch_size):
         rows = {name: values[start : start + args.batch_size] for name, values in given.items()}
-        pictures += method(**rows, seed=args.seed + start)
+        pictures += method(**rows, **settings, seed=args.seed + start)
         print(f"{len(pictures)} of {count} drawn", file=sys.stderr)
     return pictures
 
 
 def from_embeds(pipe: Kandinsky) -> Callable:
-    return lambda image_embeds, seed: pipe.text2img(embeds=ImageEmbeds(image_embeds), seed=seed)
+    return lambda image_embeds, **settings: pipe.text2img(embeds=ImageEmbeds(image_embeds), **settings)
 
 
 def score(pictures: list, samples: Samples) -> dict[str, float]:

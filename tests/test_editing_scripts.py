@@ -263,6 +263,8 @@ def settings(decoder_folder):
     call |= {
         "num_inference_steps": 1,
         "sampler": None,
+        "guidance_interval": [0.0, 1.0],
+        "cache_every": 1,
         "prior_num_inference_steps": 1,
         "prior_guidance_scale": 4.0,
     }
@@ -324,6 +326,8 @@ FORGED = [
     ("checkpoint/decoder/hash", "abc", "hash is 'abc'"),
     ("checkpoint/path", "/tmp", "checkpoint: unknown 'path'"),
     ("versions", "2.13", "versions is '2.13'"),
+    ("call/cache_every", 0, "cache_every is '0'"),
+    ("call/guidance_interval", [0.5, 0.2], "guidance_interval is"),
     ("versions/torch", 2, "versions is"),
 ]
 
@@ -336,8 +340,9 @@ def test_settings_of_a_stranger_are_checked(settings, tmp_path, path, value, mes
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_settings_from_before_there_were_samplers_are_read(settings, tmp_path):
-    older = saved(tmp_path / "older.png", changed(settings, "call/sampler", KeyError))
+@pytest.mark.parametrize("name", ["sampler", "guidance_interval", "cache_every"])
+def test_settings_from_before_there_was_a_choice_are_read(settings, tmp_path, name):
+    older = saved(tmp_path / "older.png", changed(settings, f"call/{name}", KeyError))
     assert metadata.read(older) == settings
 
 
