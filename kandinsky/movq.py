@@ -227,6 +227,9 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x), zq)
         for block in self.up_blocks:
             x = block(x, zq)
+        return self.read_out(x, zq)
+
+    def read_out(self, x: Tensor, zq: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.conv_norm_out(x, zq)))
 
 

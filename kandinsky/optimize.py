@@ -12,6 +12,8 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     merged upsampling   doubling by nearest neighbour, then a 3×3 convolution: an output pixel sees 2×2 inputs
                         only, so four 2×2 convolutions of the small map do what one of the large map does
     low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size
+    row bands           MoVQ's maps of more than 64 M numbers go through norm and convolution in bands
+                        (`kandinsky.bands`): less memory, so that 2048 px fit
     chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU); their weights are kept twice, the second time four times as large
@@ -26,10 +28,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky import movq, packed, unet, winograd
+from kandinsky import bands, movq, packed, unet, winograd
 from kandinsky.packed import (
     Packed,
-    PackedWeight,
     Placeholder,
     Shared,
     can_pack,
@@ -57,24 +58,29 @@ class MergedUpsampling(Shared):
         )  # (2, 2, c_out, c_in, 2, 2)
         self.weight = kernels.flatten(0, 2).to(conv.weight.dtype)
         self.bias = None if conv.bias is None else conv.bias.detach().repeat(4)
-        self.packed: PackedWeight | None = None
+        self.out_channels, self.packed = conv.out_channels, None
         if can_pack(conv.weight):
             self.packed = pack_conv(self.weight, (1, 1), (1, 1), (1, 1))
             self.weight = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(b, c_in, h, w) -> (b, c_out, 2h, 2w)"""
-        if self.packed is None:
-            out = F.conv2d(x, self.weight, self.bias, padding=1)
-        else:
-            out = packed_conv(x, self.packed, self.bias, (1, 1), (1, 1), (1, 1))
         b, _, h, w = x.shape
-        parts = out.unflatten(1, (2, 2, -1))  # (b, 2, 2, c, h + 1, w + 1)
-        doubled = out.new_empty(b, parts.shape[3], 2 * h, 2 * w)
-        for p in (0, 1):
-            for q in (0, 1):
-                doubled[:, :, p::2, q::2] = parts[:, p, q, :, p : p + h, q : q + w]
+        doubled = x.new_empty(b, self.out_channels, 2 * h, 2 * w)
+        for rows in bands.bands(h, doubled.numel()):
+            band, start = bands.with_halo(x, rows)
+            parts = self._convolve(band).unflatten(1, (2, 2, -1))  # (b, 2, 2, c, band's rows + 1, w + 1)
+            out, first = doubled[:, :, 2 * rows.start : 2 * rows.stop], rows.start - start
+            for p in (0, 1):
+                for q in (0, 1):
+                    part = parts[:, p, q, :, first + p :, q : q + w]
+                    out[:, :, p::2, q::2] = part[:, :, : rows.stop - rows.start]
         return doubled
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.conv2d(x, self.weight, self.bias, padding=1)
+        return packed_conv(x, self.packed, self.bias, (1, 1), (1, 1), (1, 1))
 
 
 def _first_alone(taps: Tensor, dim: int) -> Tensor:
@@ -151,6 +157,8 @@ class ChunkedDecoderAttention(ChunkedAttention, movq.DecoderAttentionBlock):
 
 FASTER = {
     movq.SpatialNorm: LowSpatialNorm,
+    movq.ResnetBlock: bands.BandedResnetBlock,
+    movq.Decoder: bands.BandedDecoder,
     movq.EncoderAttentionBlock: ChunkedEncoderAttention,
     movq.DecoderAttentionBlock: ChunkedDecoderAttention,
 }
@@ -174,6 +182,10 @@ def merge_upsampling(network: nn.Module) -> int:
 
 def lower_spatial_norms(network: nn.Module) -> int:
     return _swap(network, (movq.SpatialNorm,))
+
+
+def cut_bands(network: nn.Module) -> int:
+    return _swap(network, (movq.ResnetBlock, movq.Decoder))
 
 
 def chunk_attention(network: nn.Module) -> int:
@@ -224,6 +236,7 @@ def _swap(network: nn.Module, classes: tuple[type, ...], on: str | None = None) 
 REWRITES: dict[str, Rewrite] = {
     "merged upsampling": merge_upsampling,
     "low spatial norm": lower_spatial_norms,
+    "row bands": cut_bands,
     "chunked attention": chunk_attention,
     "packed weights": pack_weights,
     "winograd": use_winograd,

@@ -36,7 +36,7 @@ from kandinsky.lora import (
 from kandinsky.lora_files import HEADER_KEY, Factors, read_lora, write_lora
 from kandinsky.prior import Block
 from kandinsky.unet import AttentionBlock, ResnetBlock
-from tests.helpers import randn, randomize, relative_l2
+from tests.helpers import needs_bfloat16_kernels, randn, randomize, relative_l2
 from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_unet
 from tests.test_scripts import run
 
@@ -308,6 +308,7 @@ def kibibytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
+@needs_bfloat16_kernels
 @pytest.mark.full_size
 @pytest.mark.parametrize("network_class", [UNet, Prior])
 def test_a_training_step_at_released_sizes_fits_in_little_memory(network_class):

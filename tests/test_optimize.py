@@ -1,6 +1,7 @@
 """What `optimize` rewrites: the same numbers, undone to the bit, and nothing else stops working."""
 
 import copy
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kandinsky import Kandinsky, MoVQ, Prior, UNet, lora, packed, winograd
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, bands, lora, packed, winograd
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.optimize import (
@@ -21,7 +22,7 @@ from kandinsky.optimize import (
     restore,
 )
 from tests import small
-from tests.helpers import randn, relative_l2
+from tests.helpers import needs_bfloat16_kernels, randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours
 
 needs_packing = pytest.mark.skipif(not packed.available(), reason="this PyTorch has no oneDNN operators")
@@ -55,7 +56,7 @@ NETWORKS = {
 CHANGES = {
     "unet": {"merged upsampling", "packed weights"},
     "prior": {"packed weights"},
-    "movq": {"merged upsampling", "low spatial norm", "chunked attention", "packed weights"},
+    "movq": {"merged upsampling", "low spatial norm", "row bands", "chunked attention", "packed weights"},
     "text encoder": {"packed weights"},
 }
 
@@ -125,6 +126,50 @@ def test_winograd_in_bands_equals_all_at_once(monkeypatch, most_tiles):
     assert bands.shape == whole.shape and relative_l2(bands, whole) <= 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("numbers", [1, 3000, 2**30])
+@pytest.mark.parametrize("rewrites", [("row bands",), tuple(REWRITES)])
+def test_bands_of_any_height_give_the_same(monkeypatch, numbers, rewrites):
+    """An even and an odd number of rows, one row at a time, and some."""
+    for seed in range(2):
+        movq, calls = NETWORKS["movq"][0](seed), []
+        plain = movq_output(movq)
+        optimize(movq, rewrites)
+        assert torch.equal(movq_output(movq), plain) or rewrites != ("row bands",)  # small maps go as before
+        with monkeypatch.context() as patch:
+            patch.setattr(bands, "LARGEST", 0)
+            patch.setattr(bands, "BAND", numbers)
+            hook = movq.decoder.conv_out.register_forward_hook(lambda m, args, out: calls.append(len(out)))
+            assert relative_l2(movq_output(movq), plain) <= 1e-5
+            hook.remove()
+        assert (len(calls) > 2) == (numbers < 2**30)  # it decodes twice
+
+
+@torch.no_grad()
+def test_bands_lie_no_further_from_float32_in_half_precision(monkeypatch):
+    exact, away = [], {"plain": [], "bands": []}
+    for seed in range(4):
+        movq = NETWORKS["movq"][0](seed)
+        exact = movq_output(movq)
+        movq = movq.to(torch.bfloat16)
+        away["plain"].append(relative_l2(movq_output(movq), exact))
+        optimize(movq, ("row bands",))
+        with monkeypatch.context() as patch:
+            patch.setattr(bands, "LARGEST", 0)
+            away["bands"].append(relative_l2(movq_output(movq), exact))
+    assert statistics.median(away["bands"]) <= 1.3 * statistics.median(away["plain"])
+
+
+def test_gradients_pass_through_banded_blocks(monkeypatch):
+    monkeypatch.setattr(bands, "LARGEST", 0)
+    plain, banded = (NETWORKS["movq"][0](0) for _ in range(2))
+    optimize(banded, ("row bands",))
+    for movq in (plain, banded):
+        movq.decode(randn(1, 4, 4, 4)).square().sum().backward()
+    for name, parameter in plain.decoder.named_parameters():
+        torch.testing.assert_close(banded.decoder.get_parameter(name).grad, parameter.grad)
+
+
 @needs_packing
 @torch.no_grad()
 def test_networks_with_winograd_give_the_same_and_come_back_to_the_bit(monkeypatch, tmp_path):
@@ -151,7 +196,7 @@ def test_networks_with_winograd_give_the_same_and_come_back_to_the_bit(monkeypat
         assert torch.equal(output(network), plain)
 
 
-@needs_packing
+@needs_bfloat16_kernels
 @torch.no_grad()
 def test_half_precision_packs_and_lies_no_further_from_float32():
     for kind, (make, output) in NETWORKS.items():
@@ -174,7 +219,7 @@ def test_float16_is_not_packed_and_runs():
     assert relative_l2(unet_output(network), exact) <= 1.3 * plain
 
 
-@needs_packing
+@needs_bfloat16_kernels
 @torch.no_grad()
 def test_casting_an_optimized_network_equals_optimizing_a_cast_one():
     for make, output in NETWORKS.values():
