@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from draw_readme import RECIPES
 
 from kandinsky import MoVQ, Prior, UNet
+from kandinsky.cli import WEIGHTS
 from kandinsky.config import (
     HINT_UNET,
     TEXT_UNET,
@@ -23,6 +25,7 @@ from kandinsky.config import (
     UNetConfig,
 )
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
+from kandinsky.judge import judge, see
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -34,18 +37,19 @@ def test_readme_has_the_two_commands_it_promises():
 
 def test_the_python_blocks_run_one_after_the_other(decoder_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").symlink_to(decoder_folder.parent)
+    (tmp_path / "weights").mkdir()
+    for folder in (*decoder_folder.parent.glob("kandinsky-*"), *WEIGHTS.glob("mini-*")):
+        (tmp_path / "weights" / folder.name).symlink_to(folder)
     scope = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block.replace("1280", "32"), scope)  # the small checkpoint's width
     assert len(scope["images"]) == 2 and scope["pixels"].shape[1] == 3
-    assert (
-        scope["z0"].shape == (1, 4, 64, 64)
-        and scope["change"] > 0
-        and scope["other"].prior is scope["pipe"].prior
-    )
-    drawn = [np.asarray(scope[name]) for name in ("linear", "watercolour", "churned")]
-    assert all((a != b).any() for a, b in combinations(drawn, 2))
+    assert scope["z0"].shape == (1, 4, 16, 16) and scope["hinted"].prior is scope["pipe"].prior
+    drawn = {name: np.asarray(scope[name]) for name in RECIPES}
+    assert all((a != b).any() for a, b in combinations(drawn.values(), 2))
+    for name in ("by_hand", "without_mid", "churned"):  # these change little: the picture stays right
+        assert judge(drawn[name], scope["prompt"]).right
+    assert see(drawn["steered"]).background == "pink"
     assert scope["out"].shape == (1, 8, 64, 64) and (tmp_path / "my-unet" / "config.json").exists()
 
 
