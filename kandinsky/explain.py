@@ -17,14 +17,18 @@ from torch.nn import functional as F
 
 from kandinsky import arguments, images
 from kandinsky.embedding import ImageEmbeds
+from kandinsky.encoders import PADDING
 from kandinsky.inspection import attention_maps, record
 from kandinsky.pipeline import Kandinsky
 from kandinsky.sampling import Step
+from kandinsky.unet import NUM_IMAGE_TOKENS_BESIDE_TEXT
 
 MOST_FRAMES = 12
 TASKS = ("text2img", "img2img", "inpaint")
 PARTS = ("text_embeds", "timestep", "noisy embedding", "read-out")  # the prior's tokens after the prompt's
 BLOCKS = ("*.resnets.?", "*.attentions.?")  # of the U-Net, whose norms are followed
+
+Rows = list[list[float]]  # a value for each position of the picture
 
 
 @dataclass
@@ -47,12 +51,14 @@ class Trace:
     prior_timesteps: list[int] = field(default_factory=list)
     prior_cosines: list[float] = field(default_factory=list)  # of each clean estimate to the result
     prior_path: list[list[float]] = field(default_factory=list)  # each projected to two dimensions
-    prior_attention: list[tuple[str, float]] = field(default_factory=list)  # token, share of the first step
+    prior_attention: list[tuple[str, list[float]]] = field(default_factory=list)  # token, share by step
+    text_cosine: float = 0.0  # of the text embedding to the image embedding that came out
     frames: list[Frame] = field(default_factory=list)
     decoder_timesteps: list[int] = field(default_factory=list)
     norms: dict[str, list[float]] = field(default_factory=dict)  # block -> root mean square by step
     image_share: list[float] = field(default_factory=list)  # of mid_block's attention, by step
-    image_map: list[list[float]] = field(default_factory=list)  # the same in the last step, by position
+    image_maps: list[Rows] = field(default_factory=list)  # the same by position, one for each frame
+    word_maps: list[tuple[str, Rows]] = field(default_factory=list)  # 2.1: token, its share in the last step
     parts: list[tuple[str, float, float]] = field(default_factory=list)  # name, seconds, peak MiB so far
     picture: Image.Image | None = None
     reads_words: bool = False  # whether the decoder does: 2.1's
@@ -123,6 +129,7 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
     start = time.perf_counter()
     with (
         pipe.using("prior") as prior,
+        record(prior, "embedding_proj", inputs=True) as read,
         attention_maps(prior, "transformer_blocks.*.attn1", read_out) as maps,
     ):
         embeds = pipe.embed(
@@ -139,11 +146,13 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
     result = embeds.image_embeds[:1].float().cpu()
     found.prior_cosines = F.cosine_similarity(clean, result).tolist()
     found.prior_path = project(clean).tolist()
-    first = [calls[1] for calls in maps.values()]  # the call before was the prefill
-    names, share = [*found.tokens, *PARTS], torch.stack(first).mean(dim=0)
-    padding = len(share) - len(names)
+    text_embeds = read["embedding_proj"][0].float().cpu()
+    found.text_cosine = F.cosine_similarity(text_embeds[len(text_embeds) // 2], result[0], dim=0).item()
+    by_step = [torch.stack(calls[1:]) for calls in maps.values()]  # the first call was the prefill
+    names, shares = [*found.tokens, *PARTS], torch.stack(by_step).mean(dim=0)  # (steps, tokens)
+    padding = shares.shape[1] - len(names)
     names[len(found.tokens) : len(found.tokens)] = ["(padding)"] * padding
-    found.prior_attention = list(zip(names, share.tolist(), strict=True))
+    found.prior_attention = list(zip(names, shares.T.tolist(), strict=True))
     return embeds
 
 
@@ -162,7 +171,7 @@ def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dic
     with (
         pipe.using("unet") as unet,
         record(unet, list(BLOCKS), keep=_size) as norms,
-        attention_maps(unet, "mid_block*", _share_of_further_tokens) as maps,
+        attention_maps(unet, "mid_block*", _shares_of_further_tokens) as maps,
     ):
         found.picture = getattr(pipe, found.task)(
             embeds=embeds,
@@ -175,23 +184,38 @@ def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dic
     _note_part(pipe, found, "MoVQ", end)
     found.norms = norms_by_step(norms, len(estimates))
     shares = next(iter(maps.values()))
-    found.image_share = [share.mean().item() for share in shares]
-    if estimates:
-        height, width = estimates[0].shape[-2:]
-        columns = max(1, round((len(shares[-1]) * width / height) ** 0.5))
-        found.image_map = [row.tolist() for row in shares[-1].split(columns)]
-    count = min(MOST_FRAMES, len(estimates))
+    found.image_share = [share.sum(dim=1).mean().item() for share in shares]
+    chosen = torch.linspace(0, len(estimates) - 1, min(MOST_FRAMES, len(estimates))).round().long().tolist()
+    for index in chosen:
+        found.image_maps.append(_rows(shares[index].sum(dim=1), estimates[index]))
+    if found.reads_words and estimates:
+        words = _decoder_tokens(pipe, call["prompt"])
+        maps_of_words = shares[-1][:, NUM_IMAGE_TOKENS_BESIDE_TEXT:].T
+        found.word_maps = [(word, _rows(share, estimates[-1])) for word, share in zip(words, maps_of_words)]
     with pipe.using("movq") as movq:
-        for index in torch.linspace(0, len(estimates) - 1, count).round().long().tolist():
+        for index in chosen:
             pixels = images.to_unit_range(movq.decode(estimates[index]))
             pixels = images.crop_to(pixels, *reversed(found.picture.size))
             found.frames.append(Frame(index, found.decoder_timesteps[index], images.to_pil(pixels)[0]))
 
 
-def _share_of_further_tokens(weights: Tensor) -> Tensor:
-    """(b, heads, n, m), the m beginning with tokens that are no positions -> (n,), of the guided row"""
+def _shares_of_further_tokens(weights: Tensor) -> Tensor:
+    """(b, heads, n, m), the m beginning with tokens that are no positions -> (n, those), of the guided row"""
     further = weights.shape[3] - weights.shape[2]
-    return weights[-1, :, :, :further].sum(dim=-1).mean(dim=0).cpu()
+    return weights[-1, :, :, :further].mean(dim=0).cpu()
+
+
+def _rows(values: Tensor, latents: Tensor) -> Rows:
+    """(n,) positions of a smaller map -> its rows, by the latents' aspect"""
+    height, width = latents.shape[-2:]
+    columns = max(1, round((len(values) * width / height) ** 0.5))
+    return [row.tolist() for row in values.split(columns)]
+
+
+def _decoder_tokens(pipe: Kandinsky, prompt: str) -> list[str]:
+    """2.1: what the U-Net's own tokenizer makes of a prompt, without the padding."""
+    ids = pipe.decoder_tokenizer([prompt])[0]
+    return pipe.decoder_tokenizer.tokenizer.convert_ids_to_tokens(ids[ids != PADDING].tolist())
 
 
 def norms_by_step(norms: dict[str, list[float]], num_steps: int) -> dict[str, list[float]]:

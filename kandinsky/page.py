@@ -22,8 +22,7 @@ td, th { padding: .1rem .5rem; text-align: right }
 th:first-child { text-align: left; font-weight: normal }
 .wide { overflow-x: auto }
 svg { max-width: 100%; height: auto }
-.bars { text-align: left }
-.bar { background: #4477aa; height: .8rem; display: inline-block; vertical-align: middle }
+.wide svg { max-width: none }
 .warning { border-left: .3rem solid #cc6677; padding-left: .5rem }
 """
 
@@ -43,8 +42,8 @@ def page(run: Trace) -> str:
             + curve(run.prior_cosines, run.prior_timesteps, "cosine to the result")
             + "<p>The same estimates, projected onto the two directions in which they differ most.</p>"
             + path(run.prior_path)
-            + "<p>What the read-out looks at in the first step, when all else is noise (all heads).</p>"
-            + bars(run.prior_attention),
+            + "<p>What the read-out looks at, mean of heads and blocks: a row a token, a column a step.</p>"
+            + token_map(run.prior_attention, run.prior_timesteps),
         ),
         (
             "The decoder: from noise to latents",
@@ -53,8 +52,9 @@ def page(run: Trace) -> str:
             + "<p>Share of the middle block's attention on the tokens beside the picture's own positions, "
             f"by step. {reads}</p>"
             + curve(run.image_share, run.decoder_timesteps, "share")
-            + "<p>The same in the last step, by position.</p>"
-            + heat(run.image_map, "share by position"),
+            + "<p>The same by position, in the steps of the film strip.</p>"
+            + strip([(f"step {f.index + 1}", rows) for f, rows in zip(run.frames, run.image_maps)])
+            + words(run),
         ),
         ("Norms", "<p>Root mean square of each block's output, by step.</p>" + norms(run)),
         ("Time and memory", parts(run)),
@@ -78,7 +78,9 @@ def picture(image: Image.Image, alt: str, width: int) -> str:
 
 def tokens(run: Trace) -> str:
     found = (f'<span class="token">{html.escape(token)}</span>' for token in run.tokens)
-    return f"<p>{len(run.tokens)} tokens of at most 77:</p><p>{''.join(found)}</p>"
+    whole = "The text tower also makes one embedding of the whole prompt; its cosine to the image embedding"
+    whole += f" that the prior made is {run.text_cosine:.3f}."
+    return f"<p>{len(run.tokens)} tokens of at most 77:</p><p>{''.join(found)}</p><p>{whole}</p>"
 
 
 def film(run: Trace) -> str:
@@ -133,30 +135,60 @@ def svg(width: int, height: int, drawn: str, label: str) -> str:
     return f'<svg {size} role="img" aria-label="{html.escape(label)}">{drawn}</svg>'
 
 
-def bars(shares: Sequence[tuple[str, float]]) -> str:
-    most = max((share for _, share in shares), default=1.0)
-    rows = [
-        f"<tr><th>{html.escape(name)}</th><td>{share:.3f}</td>"
-        f'<td class="bars"><span class="bar" style="width:{100 * share / most:.0f}px"></span></td></tr>'
-        for name, share in shares
-    ]
-    return f'<div class="wide" tabindex="0"><table>{"".join(rows)}</table></div>'
+def token_map(shares: Sequence[tuple[str, Sequence[float]]], timesteps: Sequence[int]) -> str:
+    """A row for each token, a square for each step; each says its share when pointed at."""
+    side, left, cells = 14, 160, []
+    most = max((max(values) for _, values in shares), default=1.0)
+    for y, (name, values) in enumerate(shares):
+        top = side * y
+        cells.append(f'<text x="{left - 6}" y="{top + 11}" text-anchor="end">{html.escape(name)}</text>')
+        for x, (share, t) in enumerate(zip(values, timesteps, strict=True)):
+            said = f"{name}, step {x + 1}, t = {t}: {share:.4f}"
+            cells.append(square(left + side * x, top, side, share / most, said))
+    first = max(shares, key=lambda share: share[1][0], default=("", [0.0]))
+    last = max(shares, key=lambda share: share[1][-1], default=("", [0.0]))
+    label = f"most of it on {first[0]} at first ({first[1][0]:.3f}), on {last[0]} at last ({last[1][-1]:.3f})"
+    drawn = f'<g font-size="11" fill="currentColor">{"".join(cells)}</g>'
+    found = svg(left + side * len(timesteps), side * len(shares), drawn, label)
+    return f'<div class="wide" tabindex="0">{found}</div><p>{html.escape(label)}</p>'
 
 
-def heat(rows: Sequence[Sequence[float]], name: str) -> str:
-    values = [value for row in rows for value in row]
+def words(run: Trace) -> str:
+    """2.1: where the picture reads each word."""
+    if not run.word_maps:
+        return ""
+    return "<p>Where the last step reads each token of the prompt.</p>" + strip(run.word_maps)
+
+
+def strip(maps: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> str:
+    """Maps side by side, shaded alike; each square says its value when pointed at."""
+    values = [value for _, rows in maps for row in rows for value in row]
     if not values:
         return "<p>Not recorded.</p>"
     low, span = min(values), max(values) - min(values) or 1.0
-    cells = "".join(
-        f'<rect x="{24 * x}" y="{24 * y}" width="24" height="24" fill="#4477aa" '
-        f'fill-opacity="{(value - low) / span:.3f}">'
-        f"<title>row {y + 1}, column {x + 1}: {value:.4f}</title></rect>"
-        for y, row in enumerate(rows)
-        for x, value in enumerate(row)
+    figures = []
+    for name, rows in maps:
+        side = max(3, 96 // max(map(len, rows)))
+        cells = [
+            square(
+                side * x, side * y, side, (value - low) / span, f"row {y + 1}, column {x + 1}: {value:.4f}"
+            )
+            for y, row in enumerate(rows)
+            for x, value in enumerate(row)
+        ]
+        drawn = svg(
+            side * max(map(len, rows)), side * len(rows), "".join(cells), f"share by position, {name}"
+        )
+        figures.append(f"<figure>{drawn}<figcaption>{html.escape(name)}</figcaption></figure>")
+    row = f'<div class="row" tabindex="0" role="group" aria-label="maps">{"".join(figures)}</div>'
+    return f"{row}<p>From {low:.3f} (clear) to {max(values):.3f} (full).</p>"
+
+
+def square(x: int, y: int, side: int, opacity: float, said: str) -> str:
+    place = f'x="{x}" y="{y}" width="{side}" height="{side}"'
+    return (
+        f'<rect {place} fill="#4477aa" fill-opacity="{opacity:.3f}"><title>{html.escape(said)}</title></rect>'
     )
-    label = f"{name}, from {low:.3f} (clear) to {max(values):.3f} (full)"
-    return svg(24 * max(map(len, rows)), 24 * len(rows), cells, label) + f"<p>{label}</p>"
 
 
 def norms(run: Trace) -> str:

@@ -49,11 +49,34 @@ def test_attention_is_shared_out_among_the_tokens(pipe):
     names = [name for name, _ in found.prior_attention]
     assert names[0] == "<|startoftext|>" and names[-1] == "read-out"
     assert len(names) == len(found.tokens) + 4
-    assert sum(share for _, share in found.prior_attention) == pytest.approx(1, abs=1e-5)
+    shares = torch.tensor([values for _, values in found.prior_attention])  # (tokens, steps)
+    assert shares.shape[1] == 4 and torch.allclose(shares.sum(dim=0), torch.ones(4), atol=1e-5)
+    assert not torch.allclose(shares[:, 0], shares[:, 1], atol=1e-4)
     assert len(found.image_share) == 5 and all(0 < share < 1 for share in found.image_share)
-    rows = torch.tensor(found.image_map)
-    assert rows.shape == (2, 3), "the middle block's positions"
-    assert rows.mean().item() == pytest.approx(found.image_share[-1], abs=1e-6)
+    maps = torch.tensor(found.image_maps)
+    assert maps.shape == (5, 2, 3), "the middle block's positions, in each of the frames' steps"
+    assert maps.mean(dim=(1, 2)).tolist() == pytest.approx(found.image_share, abs=1e-6)
+    assert found.word_maps == []
+
+
+def test_what_the_text_embedding_says_is_the_runs(pipe):
+    found = explain.trace(pipe, PROMPT, negative_prompt="a", seed=3, height=32, width=48, **STEPS)
+    text = pipe.text_encoder(pipe.tokenizer([PROMPT])[0])[1]
+    image = pipe.embed(PROMPT, "a", num_inference_steps=4, seed=3).image_embeds
+    assert found.text_cosine == pytest.approx(F.cosine_similarity(text, image).item(), abs=1e-5)
+
+
+def test_2_1_reads_each_word_somewhere(random_folder):
+    pipe = Kandinsky.from_pretrained(random_folder / "kandinsky-2-1")
+    with inspection.attention_maps(pipe.unet, "mid_block*") as maps:
+        found = explain.trace(pipe, PROMPT, seed=1, height=32, width=48, **STEPS)
+    tokenizer = pipe.decoder_tokenizer.tokenizer
+    known = tokenizer.convert_ids_to_tokens(tokenizer(PROMPT).input_ids)
+    assert [word for word, _ in found.word_maps] == known and len(known) > 4
+    last = next(iter(maps.values()))[-1][-1].mean(dim=0)  # (positions, 10 + 77 + positions)
+    for place, (_, rows) in enumerate(found.word_maps):
+        assert torch.allclose(torch.tensor(rows).flatten(), last[:, 10 + place], atol=1e-6)
+    assert "reads each token" in page(found)
 
 
 def test_points_are_projected_onto_where_they_differ():

@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import shlex
+import subprocess
 import sys
 from fnmatch import fnmatchcase
 from itertools import combinations
@@ -26,6 +28,8 @@ from kandinsky.config import (
 )
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.judge import judge, see
+from tests.test_images import picture
+from tests.test_scripts import load
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -51,6 +55,63 @@ def test_the_python_blocks_run_one_after_the_other(decoder_folder, tmp_path, mon
         assert judge(drawn[name], scope["prompt"]).right
     assert see(drawn["steered"]).background == "pink"
     assert scope["out"].shape == (1, 8, 64, 64) and (tmp_path / "my-unet" / "config.json").exists()
+
+
+SKIPPED = {  # what is in a command -> why it is only parsed
+    "pip install": "continuous integration runs it, in a new environment",
+    "pytest": "this is it",
+    "download_weights.py": "needs the network; test_download.py runs it on a hub of its own",
+    "--weights 2.2": "needs the official weights",
+    "make_random_checkpoint.py": "writes 15.9 GB; test_random_weights.py runs it on small sizes",
+    "random/": "needs those 15.9 GB",
+    "check_parity.py": "test_parity.py runs it",
+    "train_decoder.py": "takes a minute or more; test_training_scripts.py runs it on small networks",
+}
+DRAWING = {
+    "text2img": "decoder",
+    "img2img": "decoder",
+    "mix": "decoder",
+    "explain_run": "decoder",
+    "inpaint": "inpaint",
+}
+
+
+def shell_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split("  #")[0].split(" && ")]
+
+
+def test_the_shell_blocks_run_or_are_skipped_for_a_reason(
+    decoder_folder, inpaint_folder, hint_folder, tmp_path, monkeypatch, capfd
+):
+    """Drawing on small random weights, in few steps: the last of two equal flags counts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").symlink_to(WEIGHTS)
+    for name in ("photo", "starry", "a", "b", "depth", "mask"):
+        picture(32, 32).convert("L" if name == "mask" else "RGB").save(f"{name}.png")
+    Path("prompts.txt").write_text("a cat\na dog\n")
+    folders, ran = {"decoder": decoder_folder, "inpaint": inpaint_folder}, []
+    for command in shell_commands():
+        reason = next((why for what, why in SKIPPED.items() if what in command), None)
+        if not command.startswith("python "):
+            if reason is None:
+                subprocess.run(shlex.split(command), check=True)
+            continue
+        _, script, *given = shlex.split(command)
+        module = load(Path(script).stem)
+        parse = module.parse_args if hasattr(module, "parse_args") else module.make_parser().parse_args
+        parse(given)
+        if reason is not None:
+            continue
+        if module.__name__ in DRAWING:
+            folder = hint_folder if "--hint" in given else folders[DRAWING[module.__name__]]
+            given += ["--weights", str(folder)]
+            given += [] if "--from-png" in given else ["--steps", "2", "--prior-steps", "2"]
+        assert module.main(given) == 0, command + capfd.readouterr().err
+        ran.append(module.__name__)
+    assert set(DRAWING) | {"inspect_model"} == set(ran)
+    assert Path("out.png").read_bytes() in [p.read_bytes() for p in Path().glob("out-*.png")]
 
 
 def test_every_file_of_the_package_is_in_the_table_and_the_other_way_round():
