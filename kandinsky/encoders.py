@@ -7,6 +7,18 @@ Both are pre-norm transformers; the text tower is causal and read at the prompt'
 class token before its patches and is read there. 2.1's decoder reads the prompt itself, through XLM-RoBERTa:
 
     prompt ─ MultilingualTokenizer → ids (b, 77) ─ MultilingualCLIP → text_states (b, 77, 1024), text_embeds
+
+Why CLIP: trained so that a picture's embedding and its caption's point the same way, it is what lets a
+prior go from one to the other, and what lets pictures be mixed as numbers. Only text is encoded to draw
+from text: the image tower's one use there is the zero image's constant embedding
+(`parts.zero_image_embeds`).
+
+A tour: `SelfAttention` and the layers above it serve both of CLIP's towers; `TextTransformer.forward` and
+`ImageTransformer.forward` are the two lines of the first diagram; XLM-RoBERTa's blocks follow, post-norm.
+
+What the checkpoints force: the text is read at the largest id, which must be the end token's; the image
+tower's first norm is spelt `pre_layrnorm`; XLM-RoBERTa counts positions from 2 and averages over real
+tokens.
 """
 
 import warnings

@@ -5,8 +5,19 @@
 
 A VQGAN whose decoder norms are spatial: scale and shift of each normalised map are 1×1 convolutions of the
 latent itself. The codebook matters in training only: Kandinsky denoises and decodes latents that were never
-quantized, so `encode` stops before the codebook and `decode` starts after it. The file's `scaling_factor` is
-not used either.
+quantized, so `encode` stops before the codebook and `decode` starts after it.
+
+Why spatial norms: a group norm washes out where something was, plain scale and shift are the same
+everywhere, and the latent knows both. So each norm of the decoder, at every size, reads the latent again at
+its place.
+
+A tour: `SpatialNorm` is the paper's eq. 5; blocks take the norm they are to build (`Norm`), so that encoder
+and decoder share them; `Encoder.forward` and `Decoder.forward` are mirror images; `MoVQ.encode` and
+`decode` are what a run calls, `MoVQ.forward` what training does.
+
+What the checkpoint forces: downsampling pads on the right and at the bottom only, as VQGAN did; attention
+has one head, as wide as the map, and comes with every block of the coarsest level; the file's
+`scaling_factor` is not used: latents go to the U-Net as they are.
 """
 
 from collections.abc import Callable

@@ -10,6 +10,18 @@ A causal transformer reads 81 tokens and predicts, at the last one, the clean im
 
 Because the mask is causal, the first 78 tokens never see the timestep or the noise: `prefill` computes their
 keys and values once for a prompt and `step` runs only the last three.
+
+Why a prior at all: CLIP's text and image embeddings lie apart, and one text fits many pictures. So an image
+embedding is drawn, by diffusion under the cosine schedule, and the decoder never sees the text (2.2). Why
+it predicts the clean embedding and not the noise: arXiv:2204.06125, eq. 2, found that better.
+
+A tour: `Prior.forward` is the diagram; `Block` and `SelfAttention` are any pre-norm transformer's; then
+`prefill` and `step`, which are `forward` cut in two; `sampling.sample_prior` is the loop around them.
+
+What the checkpoint forces: embeddings are normalised by `clip_mean` and `clip_std`, which lie in the file,
+so `denormalize` follows the loop; a prompt's padding is masked, not cut; norms are called 1 and 3,
+feed-forwards `net.0` and `net.2`, after diffusers' blocks, which have a cross-attention and a dropout
+between them.
 """
 
 from typing import NamedTuple

@@ -15,6 +15,21 @@ and as the pooled text in temb.
 What the timestep and the image embedding give to each block does not depend on the noise. `Conditioning`
 holds it by module, so the walk through the blocks (`denoise`) is written once: `forward` makes it for one
 call, `prepare` for a whole loop.
+
+Why two ways in for the image embedding: in temb it sets scale and shift of whole maps, what the picture is
+of; as 32 tokens beside the positions it can be read at one place and not at another. Attention is one
+softmax over both (arXiv:2105.05233's blocks with GLIDE's joined keys, arXiv:2112.10741), and absent at the
+finest of the levels, where its n² would cost most. Guidance leads away from the zero image's embedding
+(`sampling.guide`).
+
+A tour: `ResnetBlock` and `AttentionBlock`; `DownBlock`, `MidBlock`, `UpBlock` string them together and keep
+the skips; `UNet.denoise` is the diagram's last line; `_conditioned` and `_modulations` are what enters it
+from above; `forward` is all of it once, `prepare` and `step` the same for a loop.
+
+What the checkpoint forces: scale is read as 1 + scale, and norm 2 alone is modulated; going down and up are
+residual blocks too, resizing between norm and convolution; `encoder_hid_proj` and `add_embedding` are the
+names of image projections; the variance's four channels are there though the official scheduler ignores
+them.
 """
 
 from collections.abc import Sequence
