@@ -17,10 +17,14 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU); their weights are kept twice, the second time four times as large
+    cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA). Asked for by name only: it
+                        was tested without a GPU
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky import bands, movq, packed, unet, winograd
+from kandinsky import bands, graphs, movq, packed, unet, winograd
 from kandinsky.packed import (
     Packed,
     Placeholder,
@@ -156,6 +160,7 @@ class ChunkedDecoderAttention(ChunkedAttention, movq.DecoderAttentionBlock):
 
 
 FASTER = {
+    unet.UNet: graphs.GraphedUNet,
     movq.SpatialNorm: LowSpatialNorm,
     movq.ResnetBlock: bands.BandedResnetBlock,
     movq.Decoder: bands.BandedDecoder,
@@ -190,6 +195,10 @@ def cut_bands(network: nn.Module) -> int:
 
 def chunk_attention(network: nn.Module) -> int:
     return _swap(network, (movq.EncoderAttentionBlock, movq.DecoderAttentionBlock), on="cpu")
+
+
+def use_graph(network: nn.Module) -> int:
+    return _swap(network, (unet.UNet,), on="cuda")
 
 
 def pack_weights(network: nn.Module) -> int:
@@ -240,27 +249,39 @@ REWRITES: dict[str, Rewrite] = {
     "chunked attention": chunk_attention,
     "packed weights": pack_weights,
     "winograd": use_winograd,
+    "cuda graph": use_graph,
 }
 
 
-def optimize(network: nn.Module, rewrites: tuple[str, ...] = tuple(REWRITES)) -> dict[str, int]:
+USUAL = tuple(name for name in REWRITES if name != "cuda graph")
+
+
+def optimize(network: nn.Module, rewrites: tuple[str, ...] = USUAL) -> dict[str, int]:
     """Makes a network faster, in place; what is optimized already stays so.
 
     Args:
         network: a Prior, UNet, MoVQ or CLIP tower.
-        rewrites: which, by the names above.
+        rewrites: which, by the names above; all but the graph, where they are not given.
 
     Returns:
-        how many layers each rewrite changed.
+        how many layers each rewrite changed; it and those asked for before.
 
     Raises:
         ValueError: an unknown rewrite.
     """
+    _check(rewrites)
+    earlier = getattr(network, "rewrites", ())
+    rewrites = tuple(dict.fromkeys((*earlier, *rewrites)))
+    if earlier != rewrites:
+        restore(network)  # a packed layer would not be merged; each rewrite expects those before it
+    network.rewrites = rewrites
+    return {name: rewrite(network) for name, rewrite in REWRITES.items() if name in rewrites}
+
+
+def _check(rewrites: tuple[str, ...]) -> None:
     unknown = [name for name in rewrites if name not in REWRITES]
     if unknown:
         raise ValueError(f"no rewrite is called {unknown[0]!r}; there are {', '.join(REWRITES)}")
-    network.rewrites = tuple(dict.fromkeys((*getattr(network, "rewrites", ()), *rewrites)))
-    return {name: rewrite(network) for name, rewrite in REWRITES.items() if name in rewrites}
 
 
 def restore(network: nn.Module) -> None:
@@ -269,7 +290,8 @@ def restore(network: nn.Module) -> None:
         if isinstance(layer, Packed):
             layer.unpack()
         elif type(layer) in PLAIN:
-            vars(layer).pop("merged", None)
+            for made in ("merged", "graph"):
+                vars(layer).pop(made, None)
             layer.__class__ = PLAIN[type(layer)]
     vars(network).pop("rewrites", None)
 
@@ -294,15 +316,17 @@ def restored(network: nn.Module) -> Iterator[None]:
 NETWORKS = ("text_encoder", "prior", "unet", "movq")
 
 
-def optimize_pipeline(pipe: Any) -> dict[str, dict[str, int]]:
+def optimize_pipeline(pipe: Any, rewrites: tuple[str, ...] = USUAL) -> dict[str, dict[str, int]]:
     """`Kandinsky.optimize`: all but the image tower, now and each time that they are read."""
+    _check(rewrites)
     changed, pipe.is_optimized = {}, True
     for name in NETWORKS:
-        changes = pipe.changes.setdefault(name, [])
-        if optimize not in changes:
-            changes.append(optimize)
+        others = _other_changes(pipe, name)
+        earlier = [c.keywords["rewrites"] for c in pipe.changes.get(name, []) if c not in others]
+        change = partial(optimize, rewrites=tuple(dict.fromkeys((*chain(*earlier), *rewrites))))
+        pipe.changes[name] = [*others, change]
         if pipe.loaded(name) is not None:
-            changed[name] = optimize(pipe.loaded(name))
+            changed[name] = change(pipe.loaded(name))
     return changed
 
 
@@ -310,7 +334,11 @@ def restore_pipeline(pipe: Any) -> None:
     """`Kandinsky.restore`"""
     pipe.is_optimized = False
     for name in NETWORKS:
-        if optimize in pipe.changes.get(name, []):
-            pipe.changes[name].remove(optimize)
+        pipe.changes[name] = _other_changes(pipe, name)
         if pipe.loaded(name) is not None:
             restore(pipe.loaded(name))
+
+
+def _other_changes(pipe: Any, name: str) -> list[Callable]:
+    """What else is done to a network when it is read."""
+    return [c for c in pipe.changes.get(name, []) if not (isinstance(c, partial) and c.func is optimize)]

@@ -440,6 +440,22 @@ def test_a_pipeline_is_optimized_now_and_when_networks_are_read(decoder_folder):
 
 
 @needs_packing
+def test_a_pipeline_takes_some_rewrites_and_further_ones_later(decoder_folder):
+    pipe = Kandinsky.from_pretrained(decoder_folder)
+    assert pipe.optimize(["packed weights"]) == {} and pipe.unet.rewrites == ("packed weights",)
+    assert pipe.movq.rewrites == ("packed weights",)
+    changed = pipe.optimize(("merged upsampling",))
+    assert changed["unet"]["merged upsampling"] == 2 and changed["unet"]["packed weights"] > 30
+    again = Kandinsky.from_pretrained(decoder_folder)
+    again.optimize(["packed weights"])
+    again.optimize(["merged upsampling"])
+    assert set(again.unet.rewrites) == {"packed weights", "merged upsampling"}
+    assert torch.equal(draw(pipe), draw(again))
+    with pytest.raises(ValueError, match="no rewrite is called 'magic'"):
+        pipe.optimize(["magic"])
+
+
+@needs_packing
 def test_a_pipeline_can_be_cast_and_given_loras_while_optimized(decoder_folder, tmp_path):
     pipe = Kandinsky.from_pretrained(decoder_folder)
     lora.add_lora(pipe.unet, 2)

@@ -1,0 +1,151 @@
+"""The graphed step. On the CPU a capture is played by a function that computes into the same memory again."""
+
+import copy
+
+import pytest
+import torch
+
+from kandinsky import Kandinsky, UNet, graphs, lora
+from kandinsky.graphs import GraphedUNet
+from kandinsky.optimize import USUAL, optimize
+from tests import small
+from tests.helpers import randn, relative_l2
+from tests.small import EMBEDDING_DIM, ours
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_cuda])])
+def device(request, monkeypatch) -> str:
+    """On the CPU with the capture played, and counted in `graphs.captured`."""
+    monkeypatch.setattr(graphs, "captured", [], raising=False)
+    real = graphs.capture
+
+    def capture(compute):
+        graphs.captured.append(1)
+        if request.param == "cuda":
+            return real(compute)
+        out = compute()
+        return lambda: out.copy_(compute()), out
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    if request.param == "cpu":
+        replays = graphs.can_replay
+        as_if = type("OnCuda", (), {"is_cuda": True})()
+        monkeypatch.setattr(graphs, "can_replay", lambda unet, x: replays(unet, as_if))
+    return request.param
+
+
+def pair(device: str, hint: bool = False) -> tuple[UNet, UNet]:
+    reference = small.reference_unet(hint=True, in_channels=8) if hint else small.reference_unet()
+    plain, graphed = (ours(UNet, reference).to(device) for _ in range(2))
+    graphed.__class__ = GraphedUNet
+    return plain, graphed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hint", [False, True])
+def test_every_step_of_every_plan_is_the_plain_one(device, hint):
+    plain, graphed = pair(device, hint)
+    for seed in range(3):
+        hints = randn(2, 3, 64, 96, seed=seed).sigmoid().to(device) if hint else None
+        given = randn(2, EMBEDDING_DIM, seed=seed).to(device), [900, 500, 30], hints
+        plans = plain.prepare(*given), graphed.prepare(*given)
+        for index in (0, 1, 2, 1):
+            x = randn(2, 4, 8, 12, seed=10 * seed + index).to(device)
+            step = graphed.step(x, plans[1], index)
+            assert relative_l2(step, plain.step(x, plans[0], index)) <= 1e-6
+    assert len(graphs.captured) == 1
+
+
+@torch.no_grad()
+def test_another_size_and_another_number_of_rows_are_captured_anew(device):
+    plain, graphed = pair(device)
+    for rows, h in ((2, 8), (2, 16), (1, 16), (1, 16)):
+        embeds, x = randn(rows, EMBEDDING_DIM).to(device), randn(rows, 4, h, 8).to(device)
+        step = graphed.step(x, graphed.prepare(embeds, [5]), 0)
+        assert relative_l2(step, plain.step(x, plain.prepare(embeds, [5]), 0)) <= 1e-6
+    assert len(graphs.captured) == 3
+
+
+@torch.no_grad()
+def test_more_steps_than_are_prepared_at_once(device):
+    plain, graphed = pair(device)
+    embeds, ts = randn(1, EMBEDDING_DIM).to(device), list(range(99, -1, -1))
+    plans, x = (plain.prepare(embeds, ts), graphed.prepare(embeds, ts)), randn(1, 4, 8, 8).to(device)
+    for index in (0, 63, 64, 99):
+        step = graphed.step(x, plans[1], index)
+        assert relative_l2(step, plain.step(x, plans[0], index)) <= 1e-6
+
+
+@torch.no_grad()
+def test_results_are_not_overwritten_by_the_next_step(device):
+    _, graphed = pair(device)
+    plan = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [900, 30])
+    first = graphed.step(randn(1, 4, 8, 8).to(device), plan, 0)
+    before = first.clone()
+    graphed.step(randn(1, 4, 8, 8, seed=1).to(device), plan, 1)
+    assert torch.equal(first, before)
+
+
+def test_hooks_and_gradients_are_served_without_the_graph(device):
+    _, graphed = pair(device)
+    plan, x, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), randn(1, 4, 8, 8).to(device), []
+    graphed.step(x, plan, 0).square().sum().backward()
+    assert graphed.conv_in.weight.grad is not None and not graphs.captured
+    hook = graphed.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        graphed.step(x, plan, 0)
+        graphed.step(x, plan, 0)
+        assert len(seen) == 2 and not graphs.captured
+        hook.remove()
+        graphed.step(x, plan, 0)
+    assert len(seen) == 2 and len(graphs.captured) == 1
+
+
+@torch.no_grad()
+def test_weights_changed_in_place_count_and_replaced_ones_are_captured_anew(device):
+    plain, graphed = pair(device)
+    embeds, x = randn(1, EMBEDDING_DIM).to(device), randn(1, 4, 8, 8).to(device)
+
+    def agrees() -> bool:
+        step = graphed.step(x, graphed.prepare(embeds, [5]), 0)
+        return relative_l2(step, plain.step(x, plain.prepare(embeds, [5]), 0)) <= 1e-6
+
+    assert agrees()
+    for unet in (plain, graphed):
+        unet.conv_in.weight.mul_(2)
+    assert agrees() and len(graphs.captured) == 1
+    for unet in (plain, graphed):
+        unet.conv_in.weight = torch.nn.Parameter(3 * unet.conv_in.weight)
+    assert agrees() and len(graphs.captured) == 2
+    for unet in (plain, graphed):
+        lora.add_lora(unet, rank=2)
+        for name, parameter in unet.named_parameters():
+            if "lora" in name:
+                parameter.fill_(0.05)
+    graphed.__class__ = GraphedUNet  # add_lora restores, and optimizes again what `optimize` did
+    assert agrees()
+    twin = copy.deepcopy(graphed)
+    twin.conv_in.weight.zero_()
+    assert agrees() and relative_l2(twin.step(x, twin.prepare(embeds, [5]), 0), graphed.graph.out) > 1e-2
+
+
+@on_cuda
+@pytest.mark.gpu
+def test_a_pipeline_with_graphs_draws_the_plain_ones_picture(decoder_folder):
+    settings = {"num_inference_steps": 5, "height": 32, "width": 48, "seed": 3, "output_type": "latent"}
+    pipe = Kandinsky.from_pretrained(decoder_folder, device="cuda")
+    plain = pipe.text2img("a red cat", **settings)
+    pipe.optimize((*USUAL, "cuda graph"))
+    assert (
+        type(pipe.unet) is GraphedUNet and relative_l2(pipe.text2img("a red cat", **settings), plain) <= 1e-4
+    )
+    pipe.restore()
+    assert type(pipe.unet) is UNet and torch.equal(pipe.text2img("a red cat", **settings), plain)
+
+
+def test_on_the_cpu_there_is_no_graph():
+    unet = ours(UNet, small.reference_unet())
+    assert "cuda graph" not in optimize(ours(UNet, small.reference_unet()))  # it is asked for by name
+    assert optimize(unet, ("cuda graph",)) == {"cuda graph": 0} and type(unet) is UNet
