@@ -3,6 +3,7 @@
 import   a fresh process to the end of the import
 start    a fresh process to a saved picture, and its peak memory, against diffusers on the same folders
 parts    text encoder, prior, U-Net step and MoVQ, at random weights, against diffusers' on the same weights
+ladder   the same networks, plain, with each rewrite of `kandinsky.optimize` alone, and with ever more of them
 """
 
 import copy
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from kandinsky import Kandinsky, MoVQ, Prior, UNet, arguments, cli, random_weights
 from kandinsky.encoders import CLIPTextEncoder
-from kandinsky.optimize import optimize
+from kandinsky.optimize import optimize, restore
 from kandinsky.schedulers import UnCLIPScheduler
 
 IMPORTS = {
@@ -50,9 +51,9 @@ Runs = tuple[Callable, Callable, int]  # of ours, of theirs, how often theirs is
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("what", choices=("import", "start", "parts"), help="see above")
+    parser.add_argument("what", choices=("import", "start", "parts", "ladder"), help="see above")
     parser.add_argument(
-        "--runs", type=int, help="of each, after one that is not counted; default: 9, parts 5"
+        "--runs", type=int, help="of each, after one that is not counted; default: 9, parts and ladder 5"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -72,10 +73,10 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="also diffusers under torch.compile")
     args = parser.parse_args(argv)
     if args.runs is None:
-        args.runs = 5 if args.what == "parts" else 9
+        args.runs = 5 if args.what in ("parts", "ladder") else 9
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
-    if args.pixels is None and args.what == "parts":
+    if args.pixels is None and args.what in ("parts", "ladder"):
         args.pixels = 512
     args.device = arguments.device(args.device)
     return args
@@ -213,12 +214,7 @@ PARTS = {
 @torch.no_grad()
 def measure_part(args, name: str) -> dict[str, Any]:
     """Seconds of diffusers, ours, and ours optimized, and how far each lies from diffusers in float32."""
-    network, make_runs = PARTS[name]
-    config = getattr(random_weights.SIZES[args.size], name)
-    with torch.device("meta"):
-        model = network(config)
-    model = random_weights.randomize(model.to_empty(device="cpu")).to(args.device)
-    ours, theirs, repeats = make_runs(args, config)
+    model, (ours, theirs, repeats) = random_part(args, name)
     exact = theirs(reference_for(model)).float()
     model = model.to(getattr(torch, args.dtype))
     reference, fast = reference_for(model), copy.deepcopy(model)
@@ -238,6 +234,46 @@ def measure_part(args, name: str) -> dict[str, Any]:
         timed = {key: stopwatch(args, one, lambda u: prepare(args, u, 50), 1) for key, one in ones.items()}
         result["prepare"] = in_turn(args.runs, timed)
     return result
+
+
+@torch.no_grad()
+def measure_ladder(args, name: str) -> dict[str, Any]:
+    """Seconds of a network with different rewrites, in turn, and how far each lies from the plain one."""
+    model, (ours, _, _) = random_part(args, name)
+    model = model.to(getattr(torch, args.dtype))
+    exact, timed, away = ours(model).float(), {}, {}
+    for rung, rewrites in rungs(model).items():
+
+        def once(rewrites: tuple[str, ...] = rewrites) -> float:
+            restore(model)
+            optimize(model, rewrites)
+            ours(model)
+            return stopwatch(args, model, ours, 1)()
+
+        timed[rung] = once
+        restore(model)
+        optimize(model, rewrites)
+        away[rung] = distance(ours(model).float(), exact)
+    return {"seconds": in_turn(args.runs, timed), "relative_l2": away}
+
+
+def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Each rewrite that changes this network, alone, then all up to it. Winograd is of packed layers."""
+    changed = [rewrite for rewrite, count in optimize(model).items() if count]
+    restore(model)
+    needed = {"winograd": ("packed weights", "winograd")}
+    alone = {rewrite: needed.get(rewrite, (rewrite,)) for rewrite in changed}
+    sums = {f"up to {changed[i]}": tuple(changed[: i + 1]) for i in range(1, len(changed))}
+    return {"plain": ()} | alone | sums
+
+
+def random_part(args, name: str) -> tuple[nn.Module, Runs]:
+    network, make_runs = PARTS[name]
+    config = getattr(random_weights.SIZES[args.size], name)
+    with torch.device("meta"):
+        model = network(config)
+    model = random_weights.randomize(model.to_empty(device="cpu")).to(args.device)
+    return model, make_runs(args, config)
 
 
 def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[[], float]:
@@ -268,9 +304,10 @@ def table(measured: dict[str, list[float]], base: str, unit: str = "s") -> list[
 
 
 def report_part(name: str, result: dict[str, Any], args) -> None:
+    base, exact = ("plain", "plain") if args.what == "ladder" else ("diffusers", "float32")
     print(f"\n{name}, {args.size}, {args.dtype}, {args.pixels} px, {args.device}")
-    for line, away in zip(table(result["seconds"], "diffusers"), result["relative_l2"].values()):
-        print(f"{line}  {away:.1e} from float32", flush=True)
+    for line, away in zip(table(result["seconds"], base), result["relative_l2"].values()):
+        print(f"{line}  {away:.1e} from {exact}", flush=True)
 
 
 def whole_picture(parts: dict[str, Any], steps: int = 50) -> dict[str, list[float]]:
@@ -286,14 +323,14 @@ def whole_picture(parts: dict[str, Any], steps: int = 50) -> dict[str, list[floa
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    if args.what == "parts":
+    if args.what in ("parts", "ladder"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         results = {}
         for name in args.parts:
-            results[name] = measure_part(args, name)
+            results[name] = (measure_part if args.what == "parts" else measure_ladder)(args, name)
             if not args.json:
                 report_part(name, results[name], args)
-        if set(args.parts) == set(PARTS):
+        if args.what == "parts" and set(args.parts) == set(PARTS):
             results["whole picture"] = {"seconds": whole_picture(results)}
     else:
         base = "torch" if args.what == "import" else "diffusers"

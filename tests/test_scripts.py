@@ -198,6 +198,19 @@ def test_the_benchmark_measures_parts_beside_their_distance(capsys):
     )
 
 
+def test_the_benchmark_measures_each_rewrite_alone_and_in_sum(capsys):
+    ladder = ["ladder", "--size", "small", "--pixels", "32", "--runs", "2", "--parts", "unet", "movq"]
+    assert run("benchmark", *ladder, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    rungs = ["plain", "merged upsampling", "packed weights", "up to packed weights"]
+    assert list(results["unet"]["seconds"]) == rungs and len(results["movq"]["seconds"]) == 10
+    for part in results.values():
+        away = part["relative_l2"]
+        assert away.pop("plain") == away.pop("row bands", 0) == 0  # small maps are not cut
+        assert all(0 < distance <= 1e-5 for distance in away.values())
+        assert all(len(runs) == 2 for runs in part["seconds"].values())
+
+
 def test_the_benchmark_measures_a_whole_process_and_its_memory(capsys):
     assert run("benchmark", "start", "--runs", "1", "--steps", "2", "--prior-steps", "2") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
