@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kandinsky.unet import Conditioning, Plan, UNet
 
@@ -50,7 +49,7 @@ def last_rows(plan: Plan, count: int) -> Plan:
 
 
 class KeptFeatures:
-    """Runs the whole U-Net at each `every`-th step, and its outermost level at the others."""
+    """Runs the whole U-Net at each `every`-th step, and its outermost level at the others. Never a graph."""
 
     def __init__(self, unet: UNet, every: int):
         self.unet, self.every, self.inner = unet, every, None
@@ -69,7 +68,8 @@ class KeptFeatures:
         def keep(_: Any, args: tuple) -> None:
             self.inner = args[0]
 
-        hook = self.unet.up_blocks[-1].register_forward_pre_hook(keep)
+        # before others' hooks, which come again when the block gets what was kept
+        hook = self.unet.up_blocks[-1].register_forward_pre_hook(keep, prepend=True)
         try:
             return self.unet.step(x, plan, index)
         finally:
@@ -80,16 +80,13 @@ def outermost(
     unet: UNet, x: Tensor, inner: Tensor, given: Conditioning, hint_features: Tensor | None
 ) -> Tensor:
     """`UNet.denoise` with what the inner levels made: inner (b, c, h, w), the input of the last up block."""
-    x = x.to(unet.dtype)
-    if hint_features is not None:
-        x = torch.cat([x, hint_features], dim=1)
-    x = unet.conv_in(x)
+    x = unet.enter(x, hint_features)
     skips = [x]
     for resnet in unet.down_blocks[0].resnets:
         x = resnet(x, given[resnet])
         skips.append(x)
     x = unet.up_blocks[-1](inner, skips, given)
-    return unet.conv_out(F.silu(unet.conv_norm_out(x))).float()
+    return unet.leave(x)
 
 
 def approximate(unet: UNet, guided: bool, guidance_interval: tuple[float, float], cache_every: int) -> Like:

@@ -138,7 +138,8 @@ def with_holes(samples: Samples, rng: Random) -> Samples:
     Mostly the hole is that of an object exchanged for another; where the scene is not known, and else, it is
     a rectangle, a quarter to all of each side, in which the next picture is seen.
     """
-    size, holes, before = samples.pixels.shape[-1], [], samples.pixels.roll(-1, dims=0).clone()
+    size, holes = samples.pixels.shape[-1], []
+    before = torch.stack([_another(samples.pixels, row) for row in range(len(samples.pixels))])
     for row, pixels in enumerate(samples.pixels):
         if samples.scenes is not None and rng.random() < OBJECT_HOLES:
             scene = samples.scenes[row]
@@ -151,6 +152,12 @@ def with_holes(samples: Samples, rng: Random) -> Samples:
         before[row] = torch.where(hole, before[row], pixels)
         holes.append(hole)
     return replace(samples, holes=torch.stack(holes)[:, None].float(), before=before)
+
+
+def _another(pixels: Tensor, row: int) -> Tensor:
+    """The next picture that is not this one; where there is none, this one's negative."""
+    others = (pixels[(row + step) % len(pixels)] for step in range(1, len(pixels)))
+    return next((other for other in others if not torch.equal(other, pixels[row])), -pixels[row])
 
 
 def _span(size: int, rng: Random) -> slice:

@@ -88,9 +88,9 @@ def trace(
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; allowed are {', '.join(TASKS)}")
-    for name in ("num_images_per_prompt", "output_type", "embeds", "on_step", "progress"):
+    for name in ("num_images_per_prompt", "output_type", "embeds", "on_step", "progress", "cache_every"):
         if name in call:
-            raise ValueError(f"a trace follows one picture; it takes no {name}")
+            raise ValueError(f"a trace follows one picture, in whole steps; it takes no {name}")
     arguments.whole(prior_num_inference_steps, "prior_num_inference_steps", 1, 1000)
     arguments.whole(num_inference_steps, "num_inference_steps", 1, 1000)
     if "strength" in call:
@@ -104,7 +104,7 @@ def trace(
         "prior_guidance_scale": prior_guidance_scale,
         "num_inference_steps": num_inference_steps,
     }
-    settings |= {name: value for name, value in call.items() if isinstance(value, (int, float, str))}
+    settings |= {name: value for name, value in call.items() if isinstance(value, (int, float, str, tuple))}
     found = Trace(task, settings, [], reads_words=pipe.unet_config.text)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

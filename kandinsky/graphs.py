@@ -2,15 +2,18 @@
 
 A graph repeats the same kernels on the same memory. So all that changes between steps (the sample, scale and
 shift of the blocks; with a new plan the keys and values and the hint's features too) is copied into buffers
-that stay where they are. It is captured anew when a size changes, or a weight lies elsewhere than before.
+that stay where they are. It is captured anew when a size changes, a weight lies elsewhere than before, or
+`kandinsky.unet.attention` is another function. Other patches inside the blocks it does not notice.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kandinsky import unet as networks
 from kandinsky.unet import Conditioning, Plan, UNet
 
 WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
@@ -41,8 +44,10 @@ def can_replay(unet: UNet, x: Tensor) -> bool:
 class StepGraph:
     """One captured step, and the buffers that it reads."""
 
+    @torch.inference_mode(False)  # the buffers are written to in later calls, whatever mode these run in
+    @torch.no_grad()
     def __init__(self, unet: UNet, x: Tensor, given: Conditioning, plan: Plan):
-        self.x, self.plan, self.weights = x.clone(), plan, places(unet)
+        self.x, self.plan, self.computes = x.clone(), weakref.ref(plan), what_computes(unet)
         self.given = {block: (a.clone(), b.clone()) for block, (a, b) in given.items()}
         self.hint_features = None if plan.hint_features is None else plan.hint_features.clone()
         self.run, self.out = capture(lambda: unet.denoise(self.x, self.given, self.hint_features))
@@ -51,25 +56,26 @@ class StepGraph:
         """A copy of the network captures its own."""
 
     def fits(self, unet: UNet, x: Tensor, given: Conditioning, plan: Plan) -> bool:
-        if plan is self.plan:
-            return x.shape == self.x.shape
-        same = x.shape == self.x.shape and (plan.hint_features is None) == (self.hint_features is None)
-        return same and places(unet) == self.weights and shapes(given) == shapes(self.given)
+        if x.shape != self.x.shape or what_computes(unet) != self.computes:
+            return False
+        hinted = (plan.hint_features is None) == (self.hint_features is None)
+        return plan is self.plan() or (hinted and shapes(given) == shapes(self.given))
 
     def replay(self, x: Tensor, given: Conditioning, plan: Plan) -> Tensor:
-        new = [] if plan is self.plan else [*plan.added]
+        new = [] if plan is self.plan() else [*plan.added]
         if new and plan.hint_features is not None:
             self.hint_features.copy_(plan.hint_features)
         changed = [block for block in given if block in new or block not in plan.added]
         into = [tensor for block in changed for tensor in self.given[block]]
         torch._foreach_copy_([self.x, *into], [x, *(tensor for block in changed for tensor in given[block])])
-        self.plan = plan
+        self.plan = weakref.ref(plan)
         self.run()
         return self.out.clone()
 
 
-def places(unet: UNet) -> list[int]:
-    return [parameter.data_ptr() for parameter in unet.parameters()]
+def what_computes(unet: UNet) -> list[Any]:
+    """The attention, and where each weight lies."""
+    return [networks.attention, *(parameter.data_ptr() for parameter in unet.parameters())]
 
 
 def shapes(given: Conditioning) -> list[tuple[torch.Size, torch.Size]]:

@@ -5,6 +5,7 @@ Under the key `kandinsky` stands JSON with the whole call, from which the pictur
 size, every name, type and range; no path is in it, and nothing it names is opened.
 """
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -153,7 +154,7 @@ def read(path: Path) -> dict:
         raise SettingsError(f"the settings in {path} are not JSON ({error})") from None
     if isinstance(settings, dict) and isinstance(settings.get("call"), dict):
         for name, value in _LATER.items():
-            settings["call"].setdefault(name, value)
+            settings["call"].setdefault(name, copy.copy(value))
     problem = _problem(settings, _FIELDS, "settings") or _problem_across(settings)
     if problem:
         raise SettingsError(f"{path}: {problem}")

@@ -16,7 +16,8 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
                         (`kandinsky.bands`): less memory, so that 2048 px fit
     chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
-                        float32, CPU); their weights are kept twice, the second time four times as large
+                        float32, CPU), of layers with packed weights; their weights are kept twice, the second
+                        time four times as large
     cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA). Asked for by name only: it
                         was tested without a GPU
 """
@@ -279,6 +280,8 @@ def optimize(network: nn.Module, rewrites: tuple[str, ...] = USUAL) -> dict[str,
 
 
 def _check(rewrites: tuple[str, ...]) -> None:
+    if isinstance(rewrites, str):
+        raise TypeError(f"rewrites is {rewrites!r}; names in a tuple or a list are needed")
     unknown = [name for name in rewrites if name not in REWRITES]
     if unknown:
         raise ValueError(f"no rewrite is called {unknown[0]!r}; there are {', '.join(REWRITES)}")

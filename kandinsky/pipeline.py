@@ -230,7 +230,7 @@ class Kandinsky(Requests):
         """
         from kandinsky import optimize
 
-        return optimize.optimize_pipeline(self, optimize.USUAL if rewrites is None else tuple(rewrites))
+        return optimize.optimize_pipeline(self, optimize.USUAL if rewrites is None else rewrites)
 
     def restore(self) -> None:
         """Undoes `optimize`, to the last bit."""

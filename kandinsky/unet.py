@@ -344,16 +344,22 @@ class UNet(nn.Module, Pretrained):
     def denoise(self, x: Tensor, given: Conditioning, hint_features: Tensor | None = None) -> Tensor:
         """The walk through the blocks. x: as `forward`'s -> (b, 8, h, w) float32"""
         self._check_sample(x, given, hint_features)
-        x = x.to(self.dtype)
-        if hint_features is not None:
-            x = torch.cat([x, hint_features], dim=1)
-        x = self.conv_in(x)
+        x = self.enter(x, hint_features)
         skips = [x]
         for block in self.down_blocks:
             x = block(x, skips, given)
         x = self.mid_block(x, given)
         for block in self.up_blocks:
             x = block(x, skips, given)
+        return self.leave(x)
+
+    def enter(self, x: Tensor, hint_features: Tensor | None) -> Tensor:
+        """(b, 4, h, w) or with more channels -> (b, c, h, w), in the weights' dtype"""
+        x = x.to(self.dtype)
+        return self.conv_in(x if hint_features is None else torch.cat([x, hint_features], dim=1))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, 8, h, w) float32"""
         return self.conv_out(F.silu(self.conv_norm_out(x))).float()
 
     def prepare(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kandinsky import Kandinsky, MoVQ, Prior, UNet, arguments, cli, random_weights
 from kandinsky.encoders import CLIPTextEncoder
-from kandinsky.optimize import optimize, restore
+from kandinsky.optimize import REWRITES, optimize, restore
 from kandinsky.schedulers import UnCLIPScheduler
 
 IMPORTS = {
@@ -74,6 +74,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.runs is None:
         args.runs = 5 if args.what in ("parts", "ladder") else 9
+    if args.compile and args.what != "parts":
+        parser.error("--compile goes with parts")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
     if args.pixels is None and args.what in ("parts", "ladder"):
@@ -259,7 +261,7 @@ def measure_ladder(args, name: str) -> dict[str, Any]:
 
 def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Each rewrite that changes this network, alone, then all up to it. Winograd is of packed layers."""
-    changed = [rewrite for rewrite, count in optimize(model).items() if count]
+    changed = [rewrite for rewrite, count in optimize(model, tuple(REWRITES)).items() if count]
     restore(model)
     needed = {"winograd": ("packed weights", "winograd")}
     alone = {rewrite: needed.get(rewrite, (rewrite,)) for rewrite in changed}

@@ -4,6 +4,7 @@ recipes  runs the section "Change it" as it is written
 tasks    one picture for each task, beside what it was made from
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ RECIPES = {  # by the name that a recipe gives its picture
     "steered": "steered",
     "typical": "own prior",
     "churned": "own scheduler",
-    "guided": "shared parts",
+    "guided": "shared: hint",
+    "painted": "shared: inpaint",
 }
 
 
@@ -42,9 +44,13 @@ def recipes() -> list[tuple[str, Image.Image]]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## Change it") : readme.index("## Train")]
     scope = {}
-    exec("import torch\nfrom kandinsky import Kandinsky\nfrom kandinsky.inspection import edit", scope)
-    for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
-        exec(block, scope)
+    before = Path.cwd()
+    os.chdir(ROOT)  # where its paths lead from
+    try:
+        for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+            exec(block, scope)
+    finally:
+        os.chdir(before)
     return [(label, scope[name]) for name, label in RECIPES.items()]
 
 

@@ -111,7 +111,12 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
     data = training_cli.data_of(args, hints=args.task == "hint")
     rounds = HOLES if args.task == "inpaint" else 1
     number = args.count if args.data is None else rounds * len(data)
-    return build_cache(data, number, args.out / "training" / "latents.safetensors", encode)
+    path = args.out / "training" / "latents.safetensors"
+    cache = build_cache(data, number, path, encode)
+    needed = {"inpaint": "known", "hint": "hint"}.get(args.task)
+    if needed is not None and needed not in cache.keys():
+        raise ValueError(f"{path} is of another task: it has no {needed}; choose another --out, or delete it")
+    return cache
 
 
 def is_for(config: UNetConfig, task: str) -> bool:

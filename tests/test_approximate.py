@@ -7,6 +7,7 @@ import torch
 
 from kandinsky import ImageEmbeds, UNet, metadata
 from kandinsky.approximate import GuidanceInterval, KeptFeatures, outermost
+from kandinsky.inspection import edit
 from kandinsky.optimize import optimize
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours, reference_unet
@@ -78,6 +79,15 @@ def test_kept_features_and_an_interval_go_together(pipe):
     assert calls_of(pipe, "conv_in", **both) == [2, 2, 2, 1, 1, 1]
     late = {"guidance_interval": (0.5, 1), "cache_every": 2}
     assert calls_of(pipe, "mid_block", **late) == [1, 1, 2, 2]  # step 3 has rows that step 2 did not compute
+
+
+def test_an_edit_of_the_last_block_is_made_once_a_step(pipe):
+    inner, last = [], f"up_blocks.{len(pipe.unet.up_blocks) - 1}"
+    with edit(pipe.unet, {last: lambda args: (2 * args[0], *args[1:])}, inputs=True):
+        hook = pipe.unet.get_submodule(last).register_forward_pre_hook(lambda m, args: inner.append(args[0]))
+        steps_of(pipe, cache_every=2)
+        hook.remove()
+    assert torch.equal(inner[0], inner[1]) and len(inner) == STEPS
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ def test_memory_phases_hold(random_folder):
     assert not any(pipe.loaded(name) for name in ("prior", "unet", "movq", "text_encoder"))
 
 
-@pytest.mark.parametrize("name", ["num_images_per_prompt", "output_type", "embeds"])
+@pytest.mark.parametrize("name", ["num_images_per_prompt", "output_type", "embeds", "cache_every"])
 def test_what_would_draw_otherwise_is_refused(pipe, name):
     with pytest.raises(ValueError, match=f"takes no {name}"):
         explain.trace(pipe, PROMPT, **{name: 2})

@@ -78,6 +78,28 @@ def test_more_steps_than_are_prepared_at_once(device):
         assert relative_l2(step, plain.step(x, plans[0], index)) <= 1e-6
 
 
+def test_a_first_step_in_inference_mode_and_a_later_one_without(device):
+    plain, graphed = pair(device)
+    embeds, x = randn(1, EMBEDDING_DIM).to(device), randn(1, 4, 8, 8).to(device)
+    with torch.inference_mode():
+        graphed.step(x, graphed.prepare(embeds, [5]), 0)
+    with torch.no_grad():
+        step = graphed.step(2 * x, graphed.prepare(2 * embeds, [7]), 0)
+        assert relative_l2(step, plain.step(2 * x, plain.prepare(2 * embeds, [7]), 0)) <= 1e-6
+    assert len(graphs.captured) == 1 and graphed.graph.plan() is None  # a plan is not kept
+
+
+@torch.no_grad()
+def test_another_attention_is_captured_anew(device, monkeypatch):
+    plain, graphed = pair(device)
+    plans = [unet.prepare(randn(1, EMBEDDING_DIM).to(device), [5]) for unet in (plain, graphed)]
+    x = randn(1, 4, 8, 8).to(device)
+    before = graphed.step(x, plans[1], 0)
+    monkeypatch.setattr("kandinsky.unet.attention", lambda q, k, v, heads: q + v.mean(dim=1, keepdim=True))
+    after = graphed.step(x, plans[1], 0)
+    assert relative_l2(after, plain.step(x, plans[0], 0)) <= 1e-6 and relative_l2(after, before) > 1e-3
+
+
 @torch.no_grad()
 def test_results_are_not_overwritten_by_the_next_step(device):
     _, graphed = pair(device)

@@ -366,6 +366,18 @@ def test_holes_show_something_else_and_the_rest_stays():
         assert torch.equal(with_holes(data, Random(7)).before, samples.before)
 
 
+def test_a_hole_never_shows_the_picture_itself():
+    picture = randn(3, 24, 24)
+    for pixels in (
+        picture[None],
+        picture.expand(2, -1, -1, -1),
+        torch.stack([picture, picture, -2 * picture]),
+    ):
+        samples = with_holes(Samples(pixels, [""] * len(pixels)), Random(1))
+        inside = samples.holes.bool().expand(-1, 3, -1, -1)
+        assert (samples.before[inside] - samples.pixels[inside]).abs().mean() > 0.5
+
+
 def test_holes_of_shapes_are_mostly_one_objects():
     samples = with_holes(Shapes(3).load(list(range(200))), Random(7))
     removed = 0

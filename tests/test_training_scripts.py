@@ -118,6 +118,16 @@ def test_inpainting_starts_from_a_text_to_image_decoder(trained, tmp_path, capsy
     assert set(cache["known"][:, 4].unique().tolist()) == {0, 1}
 
 
+def test_a_cache_of_another_task_is_refused(trained, tmp_path, capsys):
+    data = ["--data", trained / "pictures", "--size", "16", *SHORT, "--out", tmp_path / "out"]
+    places = ["--clip", trained / "mini-prior", "--movq", trained / "mini-decoder"]
+    start = ["--init", trained / "mini-decoder"]
+    assert run("train_decoder", *start, *places, *data) == 0
+    capsys.readouterr()
+    assert run("train_decoder", *start, *places, *data, "--task", "inpaint") == 2
+    assert "is of another task: it has no known" in capsys.readouterr().err
+
+
 @torch.no_grad()
 def test_known_latents_tell_nothing_of_what_is_to_be_painted(trained, monkeypatch):
     monkeypatch.setattr(datasets, "OBJECT_HOLES", 1)
@@ -168,7 +178,7 @@ def test_a_decoder_is_trained_on_what_the_prior_draws(trained, tmp_path, capsys)
     captions = Folder(trained / "pictures", 16).load(list(range(8))).captions
     pipe = Kandinsky.from_pretrained(trained / "mini-decoder", trained / "mini-prior")
     drawn = pipe.embed(captions, seed=list(range(5, 13))).image_embeds
-    assert relative_l2(kept.float(), drawn) <= 1e-3, "half precision"
+    assert relative_l2(kept[:8].float(), drawn) <= 1e-3, "half precision"
     assert run("train_decoder", "--out", tmp_path / "no", *prior, *places[:4], *data) == 2
     assert "--prior needs --init" in capsys.readouterr().err
 
