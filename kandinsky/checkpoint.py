@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kandinsky import arguments
 from kandinsky.config import CheckpointError, read_config
@@ -173,6 +174,22 @@ def check_finite(model: nn.Module) -> None:
         )
 
 
+class _WithoutValues(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def skeleton() -> Iterator[None]:
+    """Networks made in it have shapes but no memory, and are not filled with first values. To fill an
+    embedding that has no memory, PyTorch would first import its compiler: two seconds."""
+    with torch.device("meta"), _WithoutValues():
+        yield
+
+
 class Pretrained:
     """`from_pretrained` and `save_pretrained`; a subclass names its config class and weights file."""
 
@@ -226,7 +243,7 @@ class Pretrained:
     def _find(cls: type[Model], folder: str | Path, device: str | torch.device = "cpu") -> tuple[Model, dict]:
         """The network without memory, and where each of its tensors lies."""
         config = cls.read_config(folder)
-        with torch.device("meta"):
+        with skeleton():
             model = cls(config)
         return model, find_tensors(weight_files(Path(folder), cls.weights_name), model.state_dict(), device)
 
@@ -236,7 +253,7 @@ class Pretrained:
         Raises:
             CheckpointError: something was added to the network, so that the file could not be read again.
         """
-        with torch.device("meta"):
+        with skeleton():
             own = type(self)(self.config).state_dict()
         extra = [name for name in self.state_dict() if name not in own]
         if extra:

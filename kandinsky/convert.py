@@ -18,7 +18,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor
 
-from kandinsky.checkpoint import CheckpointError, read_json, write_json, write_safetensors
+from kandinsky.checkpoint import CheckpointError, read_json, skeleton, write_json, write_safetensors
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 from kandinsky.movq import MoVQ
@@ -211,7 +211,7 @@ def expected_tensors(config: dict[str, Any], source: str = "config.json") -> Ten
     """Name and shape of every tensor of the network that a published config describes, on the meta device."""
     network = _network(config, source)
     if config.get("addition_embed_type") != TEXT_IMAGE["addition_embed_type"]:
-        with torch.device("meta"):
+        with skeleton():
             return network(read_config(network.config_class, config, source)).state_dict()
     like_2_2 = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
     tensors = expected_tensors(config | like_2_2, source)

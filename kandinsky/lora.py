@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kandinsky import arguments
-from kandinsky.checkpoint import CheckpointError
+from kandinsky.checkpoint import CheckpointError, skeleton
 from kandinsky.lora_files import Factors, listed, read_lora, write_lora
 from kandinsky.optimize import restored
 from kandinsky.packed import PackedLinear
@@ -259,7 +259,7 @@ def _shape_of(pipe: Any, name: str) -> nn.Module:
     if pipe.loaded(name) is not None:
         return pipe.loaded(name)
     config = pipe.unet_config if name == "unet" else pipe.prior_config
-    with torch.device("meta"):
+    with skeleton():
         return NETWORKS[name](config)
 
 

@@ -22,6 +22,7 @@ from kandinsky.checkpoint import (
     atomic_file,
     open_safetensors,
     read_json,
+    skeleton,
     write_json,
     write_safetensors,
 )
@@ -211,7 +212,7 @@ def make(
 
 def layout(network: type, config: Any) -> Layout:
     """Shape and dtype of every tensor in the official file, in the file's order."""
-    with torch.device("meta"):
+    with skeleton():
         model = network(config)
     # 2.2's image tower is published in half precision; 2.1's, which has another activation, is not
     is_half = network is CLIPImageEncoder and not config.quick_gelu
@@ -357,7 +358,7 @@ def _write_zero_image(prior: Path, say: Callable[[str], Any]) -> None:
     say(f"{prior / ZERO_IMAGE}: computing it")
     folder = prior / "image_encoder"
     config = CLIPImageEncoder.read_config(folder)
-    with torch.device("meta"):
+    with skeleton():
         tower = CLIPImageEncoder(config)
     for name, module in tower.named_modules():
         if not any(module.children()) or name.endswith(".embeddings"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kandinsky import MoVQ, Prior, UNet, cli, random_weights
-from kandinsky.checkpoint import read_json
+from kandinsky.checkpoint import read_json, skeleton
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 
 SIZES, SIZES_2_1 = random_weights.SIZES["released"], random_weights.SIZES_2_1["released"]
@@ -77,7 +77,7 @@ def parse_args(argv=None):
 def networks_of(what: str) -> dict[str, nn.Module]:
     """On the meta device: shapes without memory."""
     found = {what: RELEASED[what]} if what in RELEASED else read_folder(Path(what))
-    with torch.device("meta"):
+    with skeleton():
         return {name: network(config) for name, (network, config) in found.items()}
 
 

@@ -5,6 +5,8 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -411,3 +413,10 @@ def test_a_network_with_something_added_is_not_saved(tmp_path):
     ):
         unet.save_pretrained(tmp_path / "unet")
     assert not list(tmp_path.iterdir())
+
+
+def test_reading_networks_does_not_import_pytorchs_compiler(decoder_folder):
+    """It takes two seconds, and filling an embedding on the meta device imports it."""
+    code = "import sys; from kandinsky import Kandinsky; pipe = Kandinsky.from_pretrained(sys.argv[1]); "
+    code += "pipe.text_encoder, pipe.prior, pipe.unet, pipe.movq; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(decoder_folder)], check=True)
