@@ -145,6 +145,7 @@ def test_bands_of_any_height_give_the_same(monkeypatch, numbers, rewrites):
         assert (len(calls) > 2) == (numbers < 2**30)  # it decodes twice
 
 
+@needs_bfloat16_kernels
 @torch.no_grad()
 def test_bands_lie_no_further_from_float32_in_half_precision(monkeypatch):
     away = {"plain": [], "bands": []}
