@@ -13,7 +13,7 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
                         only, so four 2×2 convolutions of the small map do what one of the large map does
     low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size
     row bands           MoVQ's maps of more than 64 M numbers go through norm and convolution in bands
-                        (`kandinsky.bands`): less memory, so that 2048 px fit
+                        (`kandinsky.bands`): no further map of that size for each norm
     chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU), of layers with packed weights; their weights are kept twice, the second

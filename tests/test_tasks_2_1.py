@@ -129,8 +129,8 @@ def test_a_batch_equals_single_runs_also_where_diffusers_breaks(folders, task):
             **{name: items[i] for name, items in lists.items()},
             **{**settings, "num_images_per_prompt": 1},
         )
-        # 2.1 does not clip, and sums depend on the batch: 1.1e-5 on a processor without AVX-512
-        assert relative_l2(together[row : row + 1], alone) <= 3e-5
+        # from noise, 4 steps magnify rounding: diffusers in float32 lies 8e-6 from float64 (8 seeds)
+        assert relative_l2(together[row : row + 1], alone) <= (1e-5 if task == "img2img" else 2e-5)
 
 
 @pytest.fixture(scope="module")
