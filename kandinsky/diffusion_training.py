@@ -23,25 +23,24 @@ from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import resize, to_unit_range
 from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.movq import MoVQ
+from kandinsky.own_steps import (
+    MOST_GUIDANCE,
+    NUM_PRIOR_STEPS,
+    NUM_STEPS,
+    at,
+    earlier_than,
+    noised,
+    own_noise,
+)
 from kandinsky.prior import Prior
 from kandinsky.sampling import sample_latents, sample_prior
-from kandinsky.schedulers import DDPMScheduler, Scheduler, UnCLIPScheduler
+from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Objective
 from kandinsky.unet import UNet
 
 DECODER_TEXTS = {"decoder_text_embeds", "decoder_text_states"}  # of a cache: what 2.1's U-Net reads
+LENGTHS = 4  # groups of a batch, by length: padding would be half of what the prior reads of captions
 DROPPED = 0.1  # arXiv:2204.06125 §2.1 and §2.2
-
-
-def noised(scheduler: Scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Each row at its own timestep (arXiv:2006.11239, eq. 4). x0, noise: (b, …), t: (b,) -> (b, …)"""
-    alpha_bar = at(scheduler.alphas_cumprod, t, x0)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
-
-
-def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """A table's values at (b,) timesteps, shaped to go with (b, …)"""
-    return table.to(like.device, like.dtype)[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def prior_loss(
@@ -51,8 +50,7 @@ def prior_loss(
 
     x0: (b, d), normalised; noise: (b·k, d) and t: (b·k,), k for each row, whose text is read once.
     """
-    num_noises = len(t) // len(x0)
-    rows = torch.arange(len(t), device=t.device) // num_noises
+    rows = torch.arange(len(t), device=t.device) // (len(t) // len(x0))
     known = prior.prefill(text["embeds"], text["states"], text["mask"]).rows(rows)
     return F.mse_loss(prior.step(noised(scheduler, x0[rows], noise, t), t, known), x0[rows])
 
@@ -77,10 +75,18 @@ def decoder_loss(
     Returns:
         the two parts, to be added
     """
-    x, known = noised(scheduler, x0, noise, t), entrance.pop("known", None)
-    sample = x if known is None else torch.cat([x, known], dim=1)
-    eps, variance = unet(sample, t, image_embeds, **entrance).chunk(2, dim=1)
+    x = noised(scheduler, x0, noise, t)
+    eps, variance = predict_noise(unet, x, t, image_embeds, **entrance)
     return F.mse_loss(eps, noise), variance_bound(scheduler, x0, x, t, eps.detach(), variance).mean()
+
+
+def predict_noise(
+    unet: UNet, x: Tensor, t: Tensor, image_embeds: Tensor, known: Tensor | None = None, **entrance: Any
+) -> tuple[Tensor, Tensor]:
+    """-> noise and variance, (b, 4, h, w) each; arguments as `decoder_loss`'s"""
+    sample = x if known is None else torch.cat([x, known], dim=1)
+    noise, variance = unet(sample, t, image_embeds, **entrance).chunk(2, dim=1)
+    return noise, variance
 
 
 def variance_bound(
@@ -138,10 +144,11 @@ class PriorObjective(Objective):
         dtype: torch.dtype = torch.float32,
         num_noises: int = 1,
         text_encoder: CLIPTextEncoder | None = None,
+        own_steps: float = 0.0,
     ):
         super().__init__()
         self.prior, self.scheduler, self.cache, self.fresh, self.dtype = prior, scheduler, cache, fresh, dtype
-        self.num_noises, self.text_encoder = num_noises, text_encoder
+        self.num_noises, self.text_encoder, self.own_steps = num_noises, text_encoder, own_steps
         for parameter in (prior.clip_mean, prior.clip_std):
             parameter.requires_grad_(False)
 
@@ -159,9 +166,52 @@ class PriorObjective(Objective):
         num_steps, n = self.scheduler.num_train_steps, self.num_noises
         spread = (draws.rand(n) + torch.arange(n, device=x0.device)) / n  # one in each n-th of the schedule
         t = (spread * num_steps).long().clamp(max=num_steps - 1).flatten()
-        noise = draws.randn(n, x0.shape[1]).flatten(0, 1)
+        noise, t = draws.randn(n, x0.shape[1]), t.unflatten(0, (-1, n))
         text = self._text(batch, draws.rand() < DROPPED)
-        return prior_loss(self.prior, self.scheduler, x0, noise, t, text), {}
+        own = self._own_steps(t, draws) if self.own_steps else None
+        lengths, total = text["mask"].sum(dim=1), x0.new_zeros(())
+        for rows in lengths.argsort().chunk(LENGTHS):
+            longest = int(lengths[rows].max())
+            part = {name: x[rows] if name == "embeds" else x[rows, :longest] for name, x in text.items()}
+            part, eps = self._read(part), noise[rows]
+            if own is not None:
+                step = {name: x[rows] for name, x in own.items()}
+                eps = self._own_noise(x0[rows], eps, t[rows], part, step)
+            given = x0[rows], eps.flatten(0, 1), t[rows].flatten()
+            loss = prior_loss(self.prior, self.scheduler, *given, part)
+            total = total + loss * len(rows) / len(x0)
+        return total, {}
+
+    def _own_steps(self, t: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """The steps that may lead to each of (b, k) t: (b, k, …); "rows", (b,): which captions take them."""
+        n = t.shape[1]
+        return {
+            "rows": draws.rand() < self.own_steps,
+            "earlier": earlier_than(t, NUM_PRIOR_STEPS, self.scheduler, draws.rand(n)),
+            "noise": draws.randn(n, self.prior.config.embedding_dim),
+            "guidance_scale": 1 + (MOST_GUIDANCE - 1) * draws.rand(n, 1),
+        }
+
+    @torch.no_grad()
+    def _own_noise(self, x0: Tensor, noise: Tensor, t: Tensor, text: dict, own: dict[str, Tensor]) -> Tensor:
+        """x0: (b, d), noise: (b, k, d), t: (b, k) -> (b, k, d), what lies on the samples; `own_noise`"""
+        led = own["rows"].nonzero()[:, 0]
+        if len(led) == 0:
+            return noise
+        (k, d), b = noise.shape[1:], len(led)
+        rows = torch.arange(b * k, device=t.device) // k
+        empty = self._read({name: x.to(t.device) for name, x in self.cache.empty_text.items()})
+        uncond = self.prior.prefill(*(empty[name] for name in ("embeds", "states", "mask")))
+        cond = self.prior.prefill(*(text[name][led] for name in ("embeds", "states", "mask")))
+        known = [uncond.rows(torch.zeros_like(rows)), cond.rows(rows)]
+
+        clean, earlier = x0[led][rows], own["earlier"][led].flatten()
+        x = noised(self.scheduler, clean, noise[led].flatten(0, 1), earlier)
+        uncond, cond = (self.prior.step(x, earlier, cache) for cache in known)
+        guess = uncond + own["guidance_scale"][led].flatten(0, 1) * (cond - uncond)
+        after = t[led].flatten(), own["noise"][led].flatten(0, 1)
+        made = own_noise(self.scheduler, clean, guess, x, earlier, *after)
+        return noise.index_copy(0, led, made.view(b, k, d))
 
     def _text(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
         """What the prior reads, with the empty prompt in place of some."""
@@ -172,16 +222,21 @@ class PriorObjective(Objective):
             if name != "embeds":
                 none = F.pad(none, (0,) * (2 * none.ndim - 4) + (0, n - none.shape[1]))
             out[name] = torch.where(dropped.reshape(-1, *[1] * (text.ndim - 1)), none, text)
-        if self.text_encoder is not None:
-            out["states"], out["embeds"] = self.text_encoder(out["ids"])
         return out
+
+    def _read(self, text: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Texts as the text tower reads them now, where it is trained too."""
+        if self.text_encoder is None:
+            return text
+        states, embeds = self.text_encoder(text["ids"])
+        return text | {"states": states, "embeds": embeds}
 
     def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
         """How near the samples come to the pictures of their captions, and to those of other captions."""
         batch = self.fresh.rows(list(range(64)), "image_embeds", "text")
         batch = {name: x.to(draws.device) for name, x in batch.items()}
         flags = (torch.full((64,), flag, device=draws.device) for flag in (True, False))
-        empty, text = (self._text(batch, dropped) for dropped in flags)
+        empty, text = (self._read(self._text(batch, dropped)) for dropped in flags)
         image_embeds, true = (
             draw_embeds(self.prior, self.scheduler, text, empty, draws),
             batch["image_embeds"],
@@ -246,8 +301,10 @@ class DecoderObjective(Objective):
         bound: float = 1.0,
         embedding_noise: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        own_steps: float = 0.0,
     ):
         super().__init__()
+        self.own_steps = own_steps
         self.unet, self.scheduler, self.cache, self.painter = unet, scheduler, cache, painter
         self.zero_image_embeds, self.bound, self.dtype = zero_image_embeds, bound, dtype
         self.embedding_noise = embedding_noise
@@ -265,18 +322,55 @@ class DecoderObjective(Objective):
         if self.scheduler.clip_sample:  # what lies outside cannot be drawn
             x0 = x0.clamp(-self.scheduler.clip_sample_range, self.scheduler.clip_sample_range)
         t, noise = draws.randint(self.scheduler.num_train_steps), draws.randn(*x0.shape[1:])
-        dropped = (draws.rand() < DROPPED)[:, None]
-        image_embeds = torch.where(dropped, self.zero_image_embeds.to(x0.device), batch["image_embeds"])
+        dropped = draws.rand() < DROPPED
+        given = self._given(batch, dropped)
         if self.embedding_noise:  # what the prior draws is never exact
-            image_embeds = image_embeds + self.embedding_noise * draws.randn(image_embeds.shape[1])
-        entrance = {name: batch[name] for name in ("hint", "known") if name in batch}
-        for name in DECODER_TEXTS & batch.keys():
-            texts, empty = batch[name], self.cache[f"empty_{name}"].float().to(x0.device)
-            entrance[name.removeprefix("decoder_")] = torch.where(
-                dropped.view(-1, *[1] * (texts.ndim - 1)), empty, texts
-            )
-        error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, image_embeds, **entrance)
+            extra = draws.randn(batch["image_embeds"].shape[1])
+            given["image_embeds"] = given["image_embeds"] + self.embedding_noise * extra
+        if self.own_steps:
+            empty = self._given(batch, torch.ones_like(dropped))
+            noise = self._own_noise(x0, noise, t, given, empty, draws)
+        error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, **given)
         return error + self.bound * bound, {"error": error.detach(), "bound": bound.detach()}
+
+    def _given(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
+        """What the U-Net reads beside the sample, as `decoder_loss`'s arguments. dropped: (b,)"""
+        empty = {"image_embeds": self.zero_image_embeds}
+        empty |= {name: self.cache[f"empty_{name}"].float() for name in DECODER_TEXTS & batch.keys()}
+        given = {name: batch[name] for name in ("hint", "known") if name in batch}
+        for name, none in empty.items():
+            flags = dropped.reshape(-1, *[1] * (batch[name].ndim - 1))
+            mixed = torch.where(flags, none.to(dropped.device), batch[name])
+            given[name.removeprefix("decoder_")] = mixed
+        return given
+
+    @torch.no_grad()
+    def _own_noise(
+        self, x0: Tensor, noise: Tensor, t: Tensor, given: dict, empty: dict, draws: Draws
+    ) -> Tensor:
+        """The noises, a share of them made by a guided step of the U-Net's own; `own_noise`"""
+        again, u, share = draws.randn(*x0.shape[1:]), draws.rand(), draws.rand()
+        scale = 1 + (MOST_GUIDANCE - 1) * draws.rand(1, 1, 1)
+        led = (share < self.own_steps).nonzero()[:, 0]
+        if len(led) == 0:
+            return noise
+        reach = (
+            t[led] / self.scheduler.num_train_steps
+        )  # what is lost by a far step back, no step near 0 mends
+        earlier = earlier_than(t[led], NUM_STEPS, self.scheduler, u[led], reach)
+        clean, x = x0[led], noised(self.scheduler, x0[led], noise[led], earlier)
+        uncond, cond = (
+            predict_noise(self.unet, x, earlier, **{name: v[led] for name, v in side.items()})[0]
+            for side in (empty, given)
+        )
+        eps = uncond + scale[led] * (cond - uncond)
+        alpha_bar = at(self.scheduler.alphas_cumprod, earlier, x)
+        guess = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        made = own_noise(self.scheduler, clean, guess, x, earlier, t[led], again[led])
+        if "known" in given:  # the loop puts the known latents back, noised by what they were noised by
+            keep = given["known"][led, -1:]
+            made = keep * noise[led] + (1 - keep) * made
+        return noise.index_copy(0, led, made)
 
     def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
         return (

@@ -40,6 +40,7 @@ def parse_args(argv=None):
         action="store_true",
         help="train the text tower too: what contrast taught it may not tell what belongs to what",
     )
+    training_cli.add_own_steps_flag(parser)
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
@@ -90,7 +91,8 @@ def main(argv=None) -> int:
         folder = args.clip if args.init is None else args.init
         text_encoder = CLIPTextEncoder.from_pretrained(folder / "text_encoder")
     dtype = getattr(torch, args.save_dtype)
-    objective = PriorObjective(prior, UnCLIPScheduler(), cache, fresh, dtype, args.noises, text_encoder)
+    given = (prior, UnCLIPScheduler(), cache, fresh, dtype, args.noises, text_encoder, args.own_steps)
+    objective = PriorObjective(*given)
     if args.init is None:
         objective.normalize_by(cache)
     training_cli.train(objective, args, Block)

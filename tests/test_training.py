@@ -137,11 +137,28 @@ def test_several_noises_for_a_caption_weigh_as_single_ones():
     torch.testing.assert_close(together, sum(halves) / 2)
     seen = []
     objective = PriorObjective(prior, UnCLIPScheduler(), small_cache(), small_cache(), num_noises=4)
-    prior.register_forward_pre_hook(lambda _, args: seen.append(args))
     prior.time_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         objective.loss(objective.batch([0, 1]), Draws("0", slice(None), 2))
-    assert torch.equal(seen[0].flatten() // 250, torch.tensor([0, 1, 2, 3] * 2))
+    assert torch.equal(torch.cat(seen).flatten() // 250, torch.tensor([0, 1, 2, 3] * 2))
+
+
+def test_captions_read_in_groups_of_like_length_give_the_loss_of_one_batch(monkeypatch):
+    tower, losses = ours(CLIPTextEncoder, reference_text_encoder(0)), []
+    for text_encoder in (None, tower):
+        objective = PriorObjective(
+            ours(Prior, reference_prior()), UnCLIPScheduler(), small_cache(), small_cache(), num_noises=2
+        )
+        objective.text_encoder, read = text_encoder, []
+        prefill = objective.prior.prefill
+        objective.prior.prefill = lambda *text: (read.append(text[2]), prefill(*text))[1]
+        for groups in (1, 4):
+            monkeypatch.setattr(diffusion_training, "LENGTHS", groups)
+            with torch.no_grad():
+                losses.append(objective.loss(objective.batch(range(9)), Draws("0", slice(None), 9))[0])
+        torch.testing.assert_close(losses[-1], losses[-2])
+        sizes = [mask.numel() for mask in read]
+        assert len(sizes) == 1 + 3 and sum(sizes[1:]) < sizes[0]  # 9 rows are three groups of 3
 
 
 def test_the_text_tower_can_be_trained_with_the_prior(tmp_path):

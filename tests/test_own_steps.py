@@ -1,0 +1,141 @@
+"""Samples that the network's own steps lead to, in training."""
+
+import pytest
+import torch
+
+from kandinsky import Prior, UNet, diffusion_training
+from kandinsky.diffusion_training import DecoderObjective, PriorObjective
+from kandinsky.own_steps import earlier_than, noised, own_noise
+from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
+from kandinsky.training import Draws, Settings, Trainer
+from tests.helpers import randn, relative_l2
+from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_unet
+from tests.test_training import small_cache
+
+
+@pytest.mark.parametrize("scheduler", [UnCLIPScheduler(), DDPMScheduler(), DDPMScheduler(clip_sample=False)])
+def test_the_sample_is_what_the_samplers_step_makes(scheduler):
+    x0, guess, x, noise = (randn(3, 4, 2, 2, seed=i) for i in range(4))
+    earlier, t = torch.tensor([999, 500, 40]), torch.tensor([500, 480, 0])
+    made = noised(scheduler, x0, own_noise(scheduler, x0, guess, x, earlier, t, noise), t)
+    for i, (before, after) in enumerate(zip(earlier.tolist(), t.tolist())):
+        told = guess[i]
+        if isinstance(scheduler, DDPMScheduler):  # is told the noise instead
+            alpha_bar = scheduler.alphas_cumprod[before]
+            told = (x[i] - alpha_bar.sqrt() * told) / (1 - alpha_bar).sqrt()
+        stepped, _ = scheduler.step(told, x[i], before, after, noise[i])
+        assert relative_l2(made[i], stepped) <= 1e-5
+
+
+def test_a_sample_that_no_step_leads_to_keeps_its_noise():
+    x0, noise, t = randn(2, 8), randn(2, 8, seed=1), torch.tensor([999, 300])
+    x = noised(UnCLIPScheduler(), x0, noise, t)
+    same = own_noise(UnCLIPScheduler(), x0, randn(2, 8, seed=2), x, t, t, randn(2, 8, seed=3))
+    torch.testing.assert_close(same, noise, rtol=1e-4, atol=1e-5)
+
+
+def test_an_earlier_timestep_is_a_stride_before_or_more():
+    t, u = torch.arange(1000).repeat(50), torch.rand(50_000, generator=torch.Generator().manual_seed(0))
+    earlier = earlier_than(t, 25, UnCLIPScheduler(), u)
+    assert earlier.max() == 999 and (earlier >= (t + 40).clamp(max=999)).all() and earlier[:40].max() > 900
+    near = earlier_than(t, 50, DDPMScheduler(), u, t / 1000)
+    assert (near >= (t + 20).clamp(max=999)).all() and (near <= 2 * t + 20).all()
+
+
+def objective_of(kind: str, share: float, **extra: torch.Tensor):
+    cache = small_cache()
+    cache.tensors |= extra
+    if kind == "prior":
+        networks = ours(Prior, reference_prior()), UnCLIPScheduler(), cache, cache
+        return PriorObjective(*networks, num_noises=2, own_steps=share)
+    unet = ours(UNet, reference_unet(in_channels=9) if "known" in extra else reference_unet())
+    return DecoderObjective(unet, DDPMScheduler(), cache, randn(1, EMBEDDING_DIM, seed=7), own_steps=share)
+
+
+@pytest.fixture
+def noises(monkeypatch) -> list[dict]:
+    """What `own_noise` is given, and what the loss then gets as noise."""
+    seen, real = [], diffusion_training.own_noise
+
+    def spy(scheduler, x0, guess, x, earlier, t, noise):
+        made = real(scheduler, x0, guess, x, earlier, t, noise)
+        seen.append({"x0": x0, "guess": guess, "x": x, "earlier": earlier, "t": t, "made": made})
+        return made
+
+    monkeypatch.setattr(diffusion_training, "own_noise", spy)
+    return seen
+
+
+def test_the_guess_is_the_priors_own_guided_away_from_the_empty_prompt(noises):
+    objective = objective_of("prior", 1.0)
+    objective.loss(objective.batch([0]), Draws("2", slice(None), 1))
+    (given,), batch, empty = noises, objective.batch([0]), objective.cache.empty_text
+    known = [batch[f"text_{name}"] for name in ("embeds", "states", "mask")]
+    assert given["x0"].shape == (2, EMBEDDING_DIM) and not torch.equal(given["earlier"], given["t"])
+    for i in range(2):
+        args = given["x"][i : i + 1], given["earlier"][i : i + 1]
+        cond = objective.prior(*args, *known)
+        uncond = objective.prior(*args, *(empty[name] for name in ("embeds", "states", "mask")))
+        scale = ((given["guess"][i] - uncond) / (cond - uncond)).median()
+        assert (
+            1 <= scale <= 5
+            and relative_l2(uncond + scale * (cond - uncond), given["guess"][i : i + 1]) < 1e-3
+        )
+
+
+def test_the_guess_is_the_unets_own_guided_away_from_the_zero_image(noises):
+    objective = objective_of("decoder", 1.0)
+    objective.loss(objective.batch([0]), Draws("2", slice(None), 1))
+    (given,) = noises
+    embeds = objective.batch([0])["image_embeds"], objective.zero_image_embeds
+    alpha_bar = objective.scheduler.alphas_cumprod[given["earlier"]].view(-1, 1, 1, 1)
+    guesses = []
+    for e in embeds:
+        eps, _ = objective.unet(given["x"], given["earlier"], e).chunk(2, dim=1)
+        guesses.append((given["x"] - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt())
+    cond, uncond = guesses
+    scale = ((given["guess"] - uncond) / (cond - uncond)).median()
+    assert 1 <= scale <= 5 and relative_l2(uncond + scale * (cond - uncond), given["guess"]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["prior", "decoder"])
+def test_the_share_of_rows_is_as_asked_and_the_others_are_left_as_they_are(kind, monkeypatch):
+    taken, name = [], f"{kind}_loss"
+    real = getattr(diffusion_training, name)
+
+    def loss(network, scheduler, x0, noise, t, *others, **given):
+        taken.append(noise)
+        return real(network, scheduler, x0, noise, t, *others, **given)
+
+    monkeypatch.setattr(diffusion_training, name, loss)
+    with torch.no_grad():
+        for share in (0.0, 0.5, 1.0):
+            objective = objective_of(kind, share)
+            objective.loss(objective.batch(list(range(12)) * 4), Draws("0", slice(None), 48))
+    calls = len(taken) // 3
+    none, half, all_ = (torch.cat(taken[calls * i : calls * (i + 1)]).flatten(1) for i in range(3))
+    changed = [(other != none).any(dim=1).float().mean().item() for other in (half, all_)]
+    assert 0.25 < changed[0] < 0.75 and changed[1] > 0.9  # at the last timestep there is no earlier one
+
+
+def test_known_latents_keep_the_noise_that_the_loop_gives_them(monkeypatch):
+    known = torch.cat([randn(12, 4, 8, 8), (randn(12, 1, 8, 8, seed=1) > 0).float()], dim=1)
+    taken = []
+    monkeypatch.setattr(
+        diffusion_training, "decoder_loss", lambda *args, **_: (taken.append(args[3]), torch.zeros(2))[1]
+    )
+    for share in (0.0, 1.0):
+        objective = objective_of("decoder", share, known=known)
+        batch = objective.batch([0, 1, 2])
+        objective.loss(batch, Draws("1", slice(None), 3))
+    keep = (batch["known"][:, -1:] == 1).expand_as(taken[0])
+    assert torch.equal(taken[0][keep], taken[1][keep]) and (taken[0] != taken[1])[~keep].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["prior", "decoder"])
+def test_weights_get_gradients_after_a_step_of_their_own_under_autocast(kind, tmp_path):
+    objective = objective_of(kind, 1.0)
+    trainer = Trainer(objective, Settings(batch_size=2, bf16=True), tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.weights.items()}
+    trainer.train_step([objective.batch([0, 1])])
+    assert not [name for name, p in trainer.weights.items() if torch.equal(p, before[name])]
