@@ -18,8 +18,13 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU), of layers with packed weights; their weights are kept twice, the second
                         time four times as large
-    cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA). Asked for by name only: it
-                        was tested without a GPU
+    channels last       maps and convolution weights in NHWC order, as tensor cores read them (CUDA)
+    fused norms         group norm, scale, shift and SiLU as one compiled function (`kandinsky.fused`; CUDA)
+    compiled blocks     each block under `torch.compile`; the first call waits for the compiler
+    cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA)
+
+The three for CUDA are done only when named: they were tested without a GPU. So is compiling, for its wait;
+`compile=True` names it, without the two that it does not go with, packed weights and Winograd.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +38,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky import bands, graphs, movq, packed, unet, winograd
+from kandinsky import bands, fused, graphs, movq, packed, prior, unet, winograd
 from kandinsky.packed import (
     Packed,
     Placeholder,
@@ -71,7 +76,8 @@ class MergedUpsampling(Shared):
     def __call__(self, x: Tensor) -> Tensor:
         """(b, c_in, h, w) -> (b, c_out, 2h, 2w)"""
         b, _, h, w = x.shape
-        doubled = x.new_empty(b, self.out_channels, 2 * h, 2 * w)
+        shape = (b, self.out_channels, 2 * h, 2 * w)
+        doubled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order_of(x))
         for rows in bands.bands(h, doubled.numel()):
             band, start = bands.with_halo(x, rows)
             parts = self._convolve(band).unflatten(1, (2, 2, -1))  # (b, 2, 2, c, band's rows + 1, w + 1)
@@ -86,6 +92,11 @@ class MergedUpsampling(Shared):
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=1)
         return packed_conv(x, self.packed, self.bias, (1, 1), (1, 1), (1, 1))
+
+
+def order_of(x: Tensor) -> torch.memory_format:
+    is_nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_nhwc else torch.contiguous_format
 
 
 def _first_alone(taps: Tensor, dim: int) -> Tensor:
@@ -121,6 +132,13 @@ class MergedUpResnetBlock(_Merged, unet.ResnetBlock):
         out = self.merged(F.silu(self.norm1(x)))
         out = self.norm2(out) * (1 + scale) + shift
         return self.conv_shortcut(self.resize(x)) + self.conv2(F.silu(out))
+
+
+class FusedMergedUpResnetBlock(_Merged, fused.FusedResnetBlock):
+    """Both in one; out of a merged block by `fuse_norms`."""
+
+    def resized(self, x: Tensor) -> Tensor:
+        return super().resized(x) if wants_gradient(x, self.conv1.weight) else self.merged(x)
 
 
 class MergedUpsample(_Merged, movq.Upsample):
@@ -169,7 +187,15 @@ FASTER = {
     movq.DecoderAttentionBlock: ChunkedDecoderAttention,
 }
 MERGED = {unet.ResnetBlock: MergedUpResnetBlock, movq.Upsample: MergedUpsample}
-PLAIN = {fast: plain for plain, fast in (FASTER | MERGED).items()}
+FUSED = {
+    nn.GroupNorm: fused.FusedGroupNorm,
+    unet.ResnetBlock: fused.FusedResnetBlock,
+    MergedUpResnetBlock: FusedMergedUpResnetBlock,
+}
+BLOCKS = (unet.ResnetBlock, unet.AttentionBlock, prior.Block, movq.ResnetBlock, movq.DecoderAttentionBlock)
+COMPILER: dict[str, Any] = {}  # for `nn.Module.compile`
+PLAIN = {fast: plain for table in (FASTER, MERGED, FUSED) for plain, fast in table.items()}
+PLAIN[FusedMergedUpResnetBlock] = unet.ResnetBlock
 Rewrite = Callable[[nn.Module], int]  # -> how many layers it changed
 
 
@@ -187,19 +213,39 @@ def merge_upsampling(network: nn.Module) -> int:
 
 
 def lower_spatial_norms(network: nn.Module) -> int:
-    return _swap(network, (movq.SpatialNorm,))
+    return _swap(network, {movq.SpatialNorm})
 
 
 def cut_bands(network: nn.Module) -> int:
-    return _swap(network, (movq.ResnetBlock, movq.Decoder))
+    return _swap(network, {movq.ResnetBlock, movq.Decoder})
 
 
 def chunk_attention(network: nn.Module) -> int:
-    return _swap(network, (movq.EncoderAttentionBlock, movq.DecoderAttentionBlock), on="cpu")
+    return _swap(network, {movq.EncoderAttentionBlock, movq.DecoderAttentionBlock}, on="cpu")
 
 
 def use_graph(network: nn.Module) -> int:
-    return _swap(network, (unet.UNet,), on="cuda")
+    return _swap(network, {unet.UNet}, on="cuda")
+
+
+def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
+    """The convolutions' weights; maps follow them."""
+    found = [c for c in network.modules() if isinstance(c, nn.Conv2d) and c.weight.device.type == on]
+    for layer in found:
+        layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
+    return len(found)
+
+
+def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
+    return _swap(network, set(FUSED), on, FUSED)
+
+
+def compile_blocks(network: nn.Module) -> int:
+    """Blocks of one kind share what is compiled, so the wait is for each kind and size of map."""
+    found = [block for block in network.modules() if isinstance(block, BLOCKS)]
+    for block in found:
+        block.compile(**COMPILER)
+    return len(found)
 
 
 def pack_weights(network: nn.Module) -> int:
@@ -235,11 +281,11 @@ def _leave_the_file(network: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _swap(network: nn.Module, classes: tuple[type, ...], on: str | None = None) -> int:
+def _swap(network: nn.Module, classes: set[type], on: str | None = None, table: dict = FASTER) -> int:
     found = [block for block in network.modules() if type(block) in classes]
     found = [b for b in found if on is None or next(b.parameters()).device.type == on]
     for block in found:
-        block.__class__ = FASTER[type(block)]
+        block.__class__ = table[type(block)]
     return len(found)
 
 
@@ -250,29 +296,45 @@ REWRITES: dict[str, Rewrite] = {
     "chunked attention": chunk_attention,
     "packed weights": pack_weights,
     "winograd": use_winograd,
+    "channels last": use_channels_last,
+    "fused norms": fuse_norms,
+    "compiled blocks": compile_blocks,
     "cuda graph": use_graph,
 }
 
+UNTRIED = ("channels last", "fused norms", "cuda graph")  # no GPU ran them yet
+UNCOMPILED = ("packed weights", "winograd")  # PyTorch's compiler does not see into oneDNN's order
+USUAL = tuple(name for name in REWRITES if name not in (*UNTRIED, "compiled blocks"))
 
-USUAL = tuple(name for name in REWRITES if name != "cuda graph")
+
+def named(rewrites: tuple[str, ...] | None, compile: bool) -> tuple[str, ...]:
+    """What is meant by `optimize`'s arguments."""
+    if rewrites is None:
+        rewrites = tuple(name for name in USUAL if not (compile and name in UNCOMPILED))
+    _check(rewrites)
+    return (*rewrites, "compiled blocks") if compile else tuple(rewrites)
 
 
-def optimize(network: nn.Module, rewrites: tuple[str, ...] = USUAL) -> dict[str, int]:
+def optimize(
+    network: nn.Module, rewrites: tuple[str, ...] | None = None, compile: bool = False
+) -> dict[str, int]:
     """Makes a network faster, in place; what is optimized already stays so.
 
     Args:
         network: a Prior, UNet, MoVQ or CLIP tower.
-        rewrites: which, by the names above; all but the graph, where they are not given.
+        rewrites: which, by the names above; the usual ones, where they are not given.
+        compile: under `torch.compile` too.
 
     Returns:
         how many layers each rewrite changed; it and those asked for before.
 
     Raises:
-        ValueError: an unknown rewrite.
+        ValueError: an unknown rewrite, or two that do not go together.
     """
-    _check(rewrites)
+    rewrites = named(rewrites, compile)
     earlier = getattr(network, "rewrites", ())
     rewrites = tuple(dict.fromkeys((*earlier, *rewrites)))
+    _check(rewrites)
     if earlier != rewrites:
         restore(network)  # a packed layer would not be merged; each rewrite expects those before it
     network.rewrites = rewrites
@@ -285,6 +347,9 @@ def _check(rewrites: tuple[str, ...]) -> None:
     unknown = [name for name in rewrites if name not in REWRITES]
     if unknown:
         raise ValueError(f"no rewrite is called {unknown[0]!r}; there are {', '.join(REWRITES)}")
+    against = [name for name in UNCOMPILED if name in rewrites]
+    if "compiled blocks" in rewrites and against:
+        raise ValueError(f"compiled blocks do not go with {against[0]}; kandinsky.optimize.restore first")
 
 
 def restore(network: nn.Module) -> None:
@@ -296,6 +361,10 @@ def restore(network: nn.Module) -> None:
             for made in ("merged", "graph"):
                 vars(layer).pop(made, None)
             layer.__class__ = PLAIN[type(layer)]
+        if isinstance(layer, nn.Conv2d) and layer.weight.stride(3) != 1:  # NHWC
+            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+        if "compiled blocks" in getattr(network, "rewrites", ()):
+            layer._compiled_call_impl = None
     vars(network).pop("rewrites", None)
 
 
@@ -319,14 +388,18 @@ def restored(network: nn.Module) -> Iterator[None]:
 NETWORKS = ("text_encoder", "prior", "unet", "movq")
 
 
-def optimize_pipeline(pipe: Any, rewrites: tuple[str, ...] = USUAL) -> dict[str, dict[str, int]]:
+def optimize_pipeline(
+    pipe: Any, rewrites: tuple[str, ...] | None = None, compile: bool = False
+) -> dict[str, dict[str, int]]:
     """`Kandinsky.optimize`: all but the image tower, now and each time that they are read."""
-    _check(rewrites)
+    rewrites = named(rewrites, compile)
     changed, pipe.is_optimized = {}, True
     for name in NETWORKS:
         others = _other_changes(pipe, name)
         earlier = [c.keywords["rewrites"] for c in pipe.changes.get(name, []) if c not in others]
-        change = partial(optimize, rewrites=tuple(dict.fromkeys((*chain(*earlier), *rewrites))))
+        together = tuple(dict.fromkeys((*chain(*earlier), *rewrites)))
+        _check(together)
+        change = partial(optimize, rewrites=together)
         pipe.changes[name] = [*others, change]
         if pipe.loaded(name) is not None:
             changed[name] = change(pipe.loaded(name))

@@ -219,18 +219,21 @@ class Kandinsky(Requests):
         original = request.rows([images.resize(x, *request.size) for x in pictures]).to(self.device)
         return self._finish(request, x, lambda pixels: masks.paste(pixels, original, share))
 
-    def optimize(self, rewrites: tuple[str, ...] | None = None) -> dict[str, dict[str, int]]:
+    def optimize(
+        self, rewrites: tuple[str, ...] | None = None, compile: bool = False
+    ) -> dict[str, dict[str, int]]:
         """Makes text tower, prior, UNet and MoVQ faster, now or when they are read from their files.
 
         The pictures change in the last bits only. A network that you assign later stays as it is.
-        rewrites: some of those of `kandinsky.optimize`, by name; None: the usual ones.
+        rewrites: some of those of `kandinsky.optimize`, by name; None: the usual ones. compile: blocks run
+        under `torch.compile`, too; the first picture waits for the compiler.
 
         Returns what was changed in the networks that are in memory: how many layers by each rewrite of
         `kandinsky.optimize`.
         """
         from kandinsky import optimize
 
-        return optimize.optimize_pipeline(self, optimize.USUAL if rewrites is None else rewrites)
+        return optimize.optimize_pipeline(self, rewrites, compile)
 
     def restore(self) -> None:
         """Undoes `optimize`, to the last bit."""

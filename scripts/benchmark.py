@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kandinsky import Kandinsky, MoVQ, Prior, UNet, arguments, cli, random_weights
 from kandinsky.encoders import CLIPTextEncoder
-from kandinsky.optimize import REWRITES, optimize, restore
+from kandinsky.optimize import UNTRIED, USUAL, optimize, restore
 from kandinsky.schedulers import UnCLIPScheduler
 
 IMPORTS = {
@@ -261,7 +261,7 @@ def measure_ladder(args, name: str) -> dict[str, Any]:
 
 def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Each rewrite that changes this network, alone, then all up to it. Winograd is of packed layers."""
-    changed = [rewrite for rewrite, count in optimize(model, tuple(REWRITES)).items() if count]
+    changed = [rewrite for rewrite, count in optimize(model, (*USUAL, *UNTRIED)).items() if count]
     restore(model)
     needed = {"winograd": ("packed weights", "winograd")}
     alone = {rewrite: needed.get(rewrite, (rewrite,)) for rewrite in changed}

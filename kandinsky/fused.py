@@ -1,0 +1,71 @@
+"""A group norm and what follows it, in two readings and one writing of a map in NHWC order, on CUDA.
+
+    mean and variance of each group ─ a, b (batch, c) ─ x·a + b ─ SiLU       one compiled function
+
+PyTorch's own group norm brings an NHWC map into NCHW order first, and scale, shift and SiLU each read and
+write it again. What is computed is the same; statistics and sums are float32 in every dtype.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kandinsky import unet
+from kandinsky.packed import wants_gradient
+
+
+def norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activate: bool = True,
+) -> Tensor:
+    """silu(group_norm(x) · (1 + scale) + shift). x: (b, c, h, w), scale and shift: (b, c) -> like x"""
+    groups = x.float().unflatten(1, (num_groups, -1))
+    var, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
+    size = x.shape[1] // num_groups
+    a = (var + eps).rsqrt().repeat_interleave(size, dim=1) * weight.float()
+    b = bias.float() - mean.repeat_interleave(size, dim=1) * a
+    if scale is not None and shift is not None:
+        a, b = a * (1 + scale), b * (1 + scale) + shift
+    out = torch.addcmul(b[:, :, None, None], x.float(), a[:, :, None, None])
+    return (F.silu(out) if activate else out).to(x.dtype)
+
+
+@cache
+def compiled() -> object:
+    """One kernel for all sizes of maps; the first call of a process takes seconds."""
+    return torch.compile(norm_silu, dynamic=True)
+
+
+def apply(norm: nn.GroupNorm, x: Tensor, *modulation: Tensor, activate: bool = True) -> Tensor:
+    run = compiled() if x.is_cuda else norm_silu
+    return run(x, norm.weight, norm.bias, norm.num_groups, norm.eps, *modulation, activate=activate)
+
+
+class FusedGroupNorm(nn.GroupNorm):
+    """Where no SiLU follows: in attention, and in MoVQ's spatial norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or wants_gradient(x, self.weight):
+            return super().forward(x)
+        return apply(self, x, activate=False)
+
+
+class FusedResnetBlock(unet.ResnetBlock):
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        if wants_gradient(x, self.conv1.weight):
+            return super().forward(x, modulation)
+        out = self.resized(apply(self.norm1, x))
+        out = self.conv2(apply(self.norm2, out, *modulation))
+        return self.conv_shortcut(self.resize(x)) + out
+
+    def resized(self, x: Tensor) -> Tensor:
+        """The first convolution, of the resized map."""
+        return self.conv1(self.resize(x))
