@@ -2,12 +2,14 @@
 
 import   a fresh process to the end of the import
 start    a fresh process to a saved picture, and its peak memory, against diffusers on the same folders
-parts    text encoder, prior, U-Net step and MoVQ, at random weights, against diffusers' on the same weights
+parts    text encoder, zero image, prior, U-Net step and MoVQ, at random weights, against diffusers' on them
 ladder   the same networks, plain, with each rewrite of `kandinsky.optimize` alone, and with ever more of them
+cuda     what is worth knowing on a GPU, most important first, until --budget is spent; JSON, a line for each
+
+"% of roofline": the share of the time that the machine's limits set (`roofline.py`) alone would take.
 """
 
-import copy
-import gc
+import importlib.util
 import json
 import os
 import statistics
@@ -15,18 +17,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from reference import distance, randn, reference_for
-from torch import Tensor, nn
+from benchmark_networks import (
+    PARTS,
+    each_part,
+    in_turn,
+    measure_convolutions,
+    measure_ladder,
+    measure_part,
+    whole_picture,
+)
 
-from kandinsky import Kandinsky, MoVQ, Prior, UNet, arguments, cli, random_weights
-from kandinsky.encoders import CLIPTextEncoder
-from kandinsky.optimize import UNTRIED, USUAL, optimize, restore
-from kandinsky.schedulers import UnCLIPScheduler
+from kandinsky import Kandinsky, arguments, cli, random_weights
 
 IMPORTS = {
     "torch": "import torch",
@@ -46,22 +52,23 @@ embeds, negative = prior(prompt, num_inference_steps=int(prior_steps), generator
 size = dict(height=int(pixels), width=int(pixels), num_inference_steps=int(steps))
 decoder(embeds, negative, generator=generator, **size).images[0].save(out)
 """
-Runs = tuple[Callable, Callable, int]  # of ours, of theirs, how often theirs is needed for one of ours
 
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("what", choices=("import", "start", "parts", "ladder"), help="see above")
+    kinds = ("import", "start", "parts", "ladder", "cuda")
+    parser.add_argument("what", choices=kinds, help="see above")
     parser.add_argument(
-        "--runs", type=int, help="of each, after one that is not counted; default: 9, parts and ladder 5"
+        "--runs", type=int, help="of each, after one that is not counted; default: 9, of networks 5"
     )
+    parser.add_argument("--quick", action="store_true", help="2 runs at 256 px, where not given")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="which, for parts"
+        "--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="which, of parts and ladder"
     )
     parser.add_argument("--size", choices=tuple(random_weights.SIZES), default="released", help="of networks")
     parser.add_argument(
-        "--pixels", type=int, help="side of the picture; default: the checkpoint's, parts 512"
+        "--pixels", type=int, nargs="+", help="sides of pictures; default: the checkpoint's, of networks 512"
     )
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights")
     parser.add_argument("--steps", type=int, default=50, help="of the decoder, for start")
@@ -69,30 +76,23 @@ def parse_args(argv=None):
     parser.add_argument(
         "--weights", type=Path, default=cli.WEIGHTS / "mini-decoder", help="decoder folder, for start"
     )
-    parser.add_argument("--device", default="cpu", help="for parts")
-    parser.add_argument("--compile", action="store_true", help="also diffusers under torch.compile")
+    parser.add_argument("--device", default="cpu", help="of the networks")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile, for parts")
+    parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
+    of_networks = args.what in ("parts", "ladder", "cuda")
     if args.runs is None:
-        args.runs = 5 if args.what in ("parts", "ladder") else 9
+        args.runs = 2 if args.quick else 5 if of_networks else 9
     if args.compile and args.what != "parts":
         parser.error("--compile goes with parts")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
-    if args.pixels is None and args.what in ("parts", "ladder"):
-        args.pixels = 512
+    if args.pixels is None and of_networks:
+        args.pixels = [256 if args.quick else 512]
+    if args.what == "start" and args.pixels is not None and len(args.pixels) > 1:
+        parser.error("start takes one of --pixels")
     args.device = arguments.device(args.device)
     return args
-
-
-def in_turn(runs: int, timed: dict[str, Callable[[], Any]]) -> dict[str, list]:
-    """What each gives, one after the other, again and again; the first round is not counted."""
-    given = {name: [] for name in timed}
-    for run in range(runs + 1):
-        for name, once in timed.items():
-            result = once()
-            if run > 0:
-                given[name].append(result)
-    return given
 
 
 def process(*command: str) -> Callable[[], tuple[float, float]]:
@@ -113,8 +113,8 @@ def process(*command: str) -> Callable[[], tuple[float, float]]:
     return once
 
 
-def can_import(name: str) -> bool:
-    return subprocess.run([sys.executable, "-c", IMPORTS[name]], capture_output=True).returncode == 0
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def measure_processes(runs: int, commands: dict[str, list[str]]) -> dict[str, dict[str, list[float]]]:
@@ -124,175 +124,23 @@ def measure_processes(runs: int, commands: dict[str, list[str]]) -> dict[str, di
 
 
 def measure_imports(args) -> dict[str, dict[str, list[float]]]:
-    names = [name for name in IMPORTS if can_import(name)]
+    names = [name for name in IMPORTS if is_installed(name)]
     return measure_processes(args.runs, {name: [sys.executable, "-c", IMPORTS[name]] for name in names})
 
 
 def measure_start(args) -> dict[str, dict[str, list[float]]]:
     pipe = Kandinsky.from_pretrained(args.weights)
-    pixels = str(args.pixels or pipe.unet_config.sample_size * pipe.movq_config.downscale)
+    pixels = str(args.pixels[0] if args.pixels else pipe.unet_config.sample_size * pipe.movq_config.downscale)
     steps, dtype = [str(args.steps), str(args.prior_steps)], args.dtype
     with tempfile.TemporaryDirectory() as folder:
         ours = [sys.executable, str(Path(__file__).parent / "text2img.py"), PROMPT, "--seed", "0"]
         ours += ["--weights", str(args.weights), "--height", pixels, "--width", pixels, "--dtype", dtype]
         ours += ["--steps", steps[0], "--prior-steps", steps[1], "--overwrite", "--out", f"{folder}/a.png"]
         commands = {"kandinsky": ours, "kandinsky, --low-memory": [*ours, "--low-memory"]}
-        if can_import("diffusers"):
+        if is_installed("diffusers"):
             given = [str(args.weights), str(pipe.need_prior()), PROMPT, pixels, *steps, dtype]
             commands["diffusers"] = [sys.executable, "-c", THEIR_SCRIPT, *given, f"{folder}/b.png"]
         return measure_processes(args.runs, commands)
-
-
-def text_runs(args, config: Any) -> Runs:
-    """A prompt of 12 tokens and the empty one; diffusers pads to 77 and calls twice."""
-    end = config.vocab_size - 1
-    ids = torch.full((2, 77), end)
-    ids[0, 1:12] = torch.arange(11)
-    ids[:, 0] = end - 1
-    ids = ids.to(args.device)
-
-    def theirs(tower: nn.Module) -> Tensor:
-        return torch.cat([tower(row[None]).text_embeds for row in ids])
-
-    return lambda tower: tower(ids[:, :13])[1], theirs, 1
-
-
-def prior_runs(args, config: Any) -> Runs:
-    """25 guided steps at one prompt; of diffusers' 25 equal steps one is run."""
-    d, scheduler = config.embedding_dim, UnCLIPScheduler()
-    mask = torch.arange(77, device=args.device)[None] < torch.tensor([[2], [12]], device=args.device)
-    text = tuple(x.to(args.device) for x in (randn(2, d, seed=1), randn(2, 77, d, seed=2)))
-    x, ts = randn(2, d).to(args.device), [t for t, _ in scheduler.timesteps(25)]
-
-    def ours(prior: Prior) -> Tensor:
-        cache = prior.prefill(*text, mask)
-        return [prior.step(x, torch.full((2,), t, device=args.device), cache) for t in ts][0]
-
-    def theirs(prior: nn.Module) -> Tensor:
-        inputs = (x, torch.full((2,), ts[0], device=args.device), *text, mask)
-        inputs = [i.to(prior.dtype) if i.is_floating_point() else i for i in inputs]
-        return prior(*inputs).predicted_image_embedding
-
-    return ours, theirs, 25
-
-
-def unet_runs(args, config: Any) -> Runs:
-    """One guided step. Ours reads what `prepare` made for the loop, which is timed apart."""
-    f = random_weights.SIZES[args.size].movq.downscale
-    x = randn(2, 4, args.pixels // f, args.pixels // f).to(args.device)
-    image_embeds, plans = randn(2, config.embedding_dim, seed=1).to(args.device), {}
-
-    def ours(unet: UNet) -> Tensor:
-        if unet not in plans:
-            plans[unet] = prepare(args, unet, 1)
-        return unet.step(x, plans[unet], 0)
-
-    def theirs(unet: nn.Module) -> Tensor:
-        t, added = torch.tensor([681, 681], device=args.device), {"image_embeds": image_embeds.to(unet.dtype)}
-        return unet(x.to(unet.dtype), t, encoder_hidden_states=None, added_cond_kwargs=added).sample
-
-    return ours, theirs, 1
-
-
-def prepare(args, unet: UNet, num_steps: int) -> Any:
-    image_embeds = randn(2, unet.config.embedding_dim, seed=1).to(args.device)
-    return unet.prepare(image_embeds, [681 - step for step in range(num_steps)])
-
-
-def movq_runs(args, config: Any) -> Runs:
-    z = randn(1, 4, args.pixels // config.downscale, args.pixels // config.downscale).to(args.device)
-    theirs = lambda movq: movq.decode(z.to(movq.dtype), force_not_quantize=True).sample  # noqa: E731
-    return lambda movq: movq.decode(z), theirs, 1
-
-
-PARTS = {
-    "text_encoder": (CLIPTextEncoder, text_runs),
-    "prior": (Prior, prior_runs),
-    "unet": (UNet, unet_runs),
-    "movq": (MoVQ, movq_runs),
-}
-
-
-@torch.no_grad()
-def measure_part(args, name: str) -> dict[str, Any]:
-    """Seconds of diffusers, ours, and ours optimized, and how far each lies from diffusers in float32."""
-    model, (ours, theirs, repeats) = random_part(args, name)
-    exact = theirs(reference_for(model)).float()
-    model = model.to(getattr(torch, args.dtype))
-    reference, fast = reference_for(model), copy.deepcopy(model)
-    optimize(fast)
-    gc.collect()
-    subjects = {"diffusers": (reference, theirs, repeats)}
-    if args.compile:
-        compiled = copy.copy(reference)
-        compiled.forward = torch.compile(reference.forward)
-        subjects["diffusers, compiled"] = (compiled, theirs, repeats)
-    subjects |= {"ours": (model, ours, 1), "ours, optimized": (fast, ours, 1)}
-    away = {key: distance(call(subject).float(), exact) for key, (subject, call, _) in subjects.items()}
-    timed = {key: stopwatch(args, subject, call, times) for key, (subject, call, times) in subjects.items()}
-    result = {"seconds": in_turn(args.runs, timed), "relative_l2": away}
-    if name == "unet":
-        ones = {"ours": model, "ours, optimized": fast}
-        timed = {key: stopwatch(args, one, lambda u: prepare(args, u, 50), 1) for key, one in ones.items()}
-        result["prepare"] = in_turn(args.runs, timed)
-    return result
-
-
-@torch.no_grad()
-def measure_ladder(args, name: str) -> dict[str, Any]:
-    """Seconds of a network with different rewrites, in turn, and how far each lies from the plain one."""
-    model, (ours, _, _) = random_part(args, name)
-    model = model.to(getattr(torch, args.dtype))
-    exact, timed, away = ours(model).float(), {}, {}
-    for rung, rewrites in rungs(model).items():
-
-        def once(rewrites: tuple[str, ...] = rewrites) -> float:
-            restore(model)
-            optimize(model, rewrites)
-            ours(model)
-            return stopwatch(args, model, ours, 1)()
-
-        timed[rung] = once
-        restore(model)
-        optimize(model, rewrites)
-        away[rung] = distance(ours(model).float(), exact)
-    return {"seconds": in_turn(args.runs, timed), "relative_l2": away}
-
-
-def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Each rewrite that changes this network, alone, then all up to it. Winograd is of packed layers."""
-    changed = [rewrite for rewrite, count in optimize(model, (*USUAL, *UNTRIED)).items() if count]
-    restore(model)
-    needed = {"winograd": ("packed weights", "winograd")}
-    alone = {rewrite: needed.get(rewrite, (rewrite,)) for rewrite in changed}
-    sums = {f"up to {changed[i]}": tuple(changed[: i + 1]) for i in range(1, len(changed))}
-    return {"plain": ()} | alone | sums
-
-
-def random_part(args, name: str) -> tuple[nn.Module, Runs]:
-    network, make_runs = PARTS[name]
-    config = getattr(random_weights.SIZES[args.size], name)
-    with torch.device("meta"):
-        model = network(config)
-    model = random_weights.randomize(model.to_empty(device="cpu")).to(args.device)
-    return model, make_runs(args, config)
-
-
-def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[[], float]:
-    """Seconds of `times` equal calls, of which one is made."""
-
-    def wait() -> None:
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
-
-    def once() -> float:
-        wait()
-        start = time.perf_counter()
-        call(subject)
-        wait()
-        return times * (time.perf_counter() - start)
-
-    return once
 
 
 def table(measured: dict[str, list[float]], base: str, unit: str = "s") -> list[str]:
@@ -307,32 +155,66 @@ def table(measured: dict[str, list[float]], base: str, unit: str = "s") -> list[
 
 def report_part(name: str, result: dict[str, Any], args) -> None:
     base, exact = ("plain", "plain") if args.what == "ladder" else ("diffusers", "float32")
-    print(f"\n{name}, {args.size}, {args.dtype}, {args.pixels} px, {args.device}")
-    for line, away in zip(table(result["seconds"], base), result["relative_l2"].values()):
-        print(f"{line}  {away:.1e} from {exact}", flush=True)
+    print(f"\n{name}, {args.size}, {args.dtype}, {args.side} px, {args.device}")
+    lines = zip(table(result["seconds"], base), result["seconds"].values(), result["relative_l2"].values())
+    for line, seconds, away in lines:
+        share = result["floor"] / statistics.median(seconds) if result.get("floor") else None
+        floor = "" if share is None else f"  {share:4.0%} of roofline"
+        print(f"{line}  {away:.1e} from {exact}{floor}", flush=True)
 
 
-def whole_picture(parts: dict[str, Any], steps: int = 50) -> dict[str, list[float]]:
-    """The sum of the parts' medians: text, 25 prior steps, what is prepared once, the U-Net's steps, MoVQ."""
-    total = {}
-    for name in parts["unet"]["seconds"]:
-        medians = {part: statistics.median(result["seconds"][name]) for part, result in parts.items()}
-        once = statistics.median(parts["unet"]["prepare"].get(name, [0.0]))
-        total[name] = [sum(medians.values()) + (steps - 1) * medians["unet"] + once]
-    return total
+def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is worth knowing on a GPU, most important first."""
+    where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
+    yield "machine", {"device": where, "torch": torch.__version__}
+    half, args.dtype = "bfloat16", "bfloat16" if args.device.type == "cuda" else args.dtype
+    yield from measure_convolutions(args)
+    networks = ["unet", "prior", "movq", "text_encoder"]
+    plan = [  # dtype, parts, sides, compiled too
+        (half, networks, [512], True),
+        ("float32", networks, [512], False),
+        ("float16", networks, [512], False),
+        (half, ["unet", "movq"], [1024], True),
+        (half, ["zero_image"], [512], False),
+    ]
+    for dtype, args.parts, args.pixels, args.compile in plan:
+        args.dtype, parts = dtype, {}
+        for name, result in each_part(args, measure_part):
+            parts[name] = result
+            yield f"{name}, {dtype}, {args.side} px", result
+        if {"unet", "prior", "movq", "text_encoder"} <= set(parts):
+            yield f"whole picture, {dtype}, {args.side} px", {"seconds": whole_picture(parts)}
+    args.dtype, args.parts, args.pixels = half, ["unet"], [512]
+    for name, result in each_part(args, measure_ladder):
+        yield f"ladder of {name}", result
+
+
+def run_cuda(args) -> None:
+    """A line for each result as soon as it is there, so that a machine taken away loses one at most."""
+    start = time.perf_counter()
+    for name, result in measure_cuda(args):
+        if args.device.type == "cuda":
+            result["peak_gib"] = torch.cuda.max_memory_allocated(args.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(args.device)
+        print(json.dumps({name: result}), flush=True)
+        if time.perf_counter() - start > args.budget:
+            break
 
 
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if args.what == "cuda":
+        run_cuda(args)
+        return 0
     if args.what in ("parts", "ladder"):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         results = {}
-        for name in args.parts:
-            results[name] = (measure_part if args.what == "parts" else measure_ladder)(args, name)
+        for name, result in each_part(args, measure_part if args.what == "parts" else measure_ladder):
+            results[name] = result
             if not args.json:
-                report_part(name, results[name], args)
-        if args.what == "parts" and set(args.parts) == set(PARTS):
+                report_part(name, result, args)
+        if args.what == "parts" and set(args.parts) == set(PARTS) and len(args.pixels) == 1:
             results["whole picture"] = {"seconds": whole_picture(results)}
     else:
         base = "torch" if args.what == "import" else "diffusers"

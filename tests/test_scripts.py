@@ -1,7 +1,6 @@
 """The scripts as a user starts them, and what importing the package brings along."""
 
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -166,66 +165,6 @@ def test_help_explains_every_flag(capsys, script, more):
     shown = capsys.readouterr().out
     assert all(re.search(rf"^  {flag}( |$)", shown, re.MULTILINE) for flag in flags)
     assert "decoder steps (default: 50)" in shown
-
-
-def test_the_benchmark_measures_imports(capsys):
-    assert run("benchmark", "import", "--runs", "1", "--json") == 0
-    results = json.loads(capsys.readouterr().out)
-    for what in ("seconds", "gib"):
-        assert results[what].keys() == {"torch", "kandinsky", "diffusers"}
-        assert all(len(runs) == 1 and runs[0] > 0.05 for runs in results[what].values())
-    assert run("benchmark", "import", "--runs", "0") == 2
-
-
-def test_the_benchmark_measures_parts_beside_their_distance(capsys):
-    small = ["parts", "--size", "small", "--pixels", "32", "--runs", "3"]
-    assert run("benchmark", *small, "--json") == 0
-    results = json.loads(capsys.readouterr().out)
-    whole = results.pop("whole picture")["seconds"]
-    assert list(results) == ["text_encoder", "prior", "unet", "movq"]
-    once = min(results["unet"]["prepare"]["ours"]) + min(results["movq"]["seconds"]["ours"])
-    assert whole["ours"][0] > 50 * min(results["unet"]["seconds"]["ours"]) + once
-    for part in results.values():
-        assert part["relative_l2"].pop("diffusers") == 0
-        assert part["relative_l2"].keys() == {"ours", "ours, optimized"}
-        assert all(distance <= 1e-5 for distance in part["relative_l2"].values())
-        assert all(len(runs) == 3 and min(runs) > 0 for runs in part["seconds"].values())
-    assert run("benchmark", *small, "--parts", "unet", "--dtype", "bfloat16") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert (
-        len([line for line in lines if re.search(r"\d s  \(.* × diffusers  .*e-\d\d from float32", line)])
-        == 3
-    )
-
-
-def test_the_benchmark_measures_each_rewrite_alone_and_in_sum(capsys):
-    ladder = ["ladder", "--size", "small", "--pixels", "32", "--runs", "2", "--parts", "unet", "movq"]
-    assert run("benchmark", *ladder, "--json") == 0
-    results = json.loads(capsys.readouterr().out)
-    rungs = ["plain", "merged upsampling", "packed weights", "up to packed weights"]
-    assert list(results["unet"]["seconds"]) == rungs and len(results["movq"]["seconds"]) == 10
-    for part in results.values():
-        away = part["relative_l2"]
-        assert away.pop("plain") == away.pop("row bands", 0) == 0  # small maps are not cut
-        assert all(0 < distance <= 1e-5 for distance in away.values())
-        assert all(len(runs) == 2 for runs in part["seconds"].values())
-
-
-def test_the_benchmark_measures_a_whole_process_and_its_memory(capsys):
-    assert run("benchmark", "start", "--runs", "1", "--steps", "2", "--prior-steps", "2") == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    names = ["kandinsky ", "kandinsky, --low-memory", "diffusers"]
-    assert all(line.startswith(name) for line, name in zip(lines, names * 2, strict=True))
-    assert [" s  (" in line for line in lines] == [True] * 3 + [False] * 3 and "GiB" in lines[-1]
-    with pytest.raises(ValueError, match="ended with 3: it broke"):
-        load("benchmark").process(
-            sys.executable, "-c", "import sys; print('it broke', file=sys.stderr); exit(3)"
-        )()
-
-
-def test_the_benchmarks_table_shows_ratios_of_medians():
-    lines = load("benchmark").table({"theirs": [4.0, 1.0, 9.0], "ours": [2.0, 2.0, 90.0]}, "theirs")
-    assert lines[1].split() == "ours 2 s (2 to 90) 0.50 × theirs".split()
 
 
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():

@@ -1,0 +1,110 @@
+"""What the benchmark prints, and that it measures what it says."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kandinsky import optimize
+from tests.test_scripts import load, run
+
+
+def test_the_benchmark_measures_imports(capsys):
+    assert run("benchmark", "import", "--runs", "1", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    for what in ("seconds", "gib"):
+        assert results[what].keys() == {"torch", "kandinsky", "diffusers"}
+        assert all(len(runs) == 1 and runs[0] > 0.05 for runs in results[what].values())
+    assert run("benchmark", "import", "--runs", "0") == 2
+
+
+def test_the_benchmark_measures_parts_beside_their_distance(capsys):
+    small = ["parts", "--size", "small", "--pixels", "32", "--runs", "3"]
+    assert run("benchmark", *small, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    whole = results.pop("whole picture")["seconds"]
+    assert list(results) == ["text_encoder", "zero_image", "prior", "unet", "movq"]
+    once = min(results["unet"]["prepare"]["ours"]) + min(results["movq"]["seconds"]["ours"])
+    assert whole["ours"][0] > 50 * min(results["unet"]["seconds"]["ours"]) + once
+    for name, part in results.items():
+        assert part["relative_l2"].pop("diffusers") == 0
+        assert part["relative_l2"].keys() - {"ours"} == (
+            {"ours, optimized"} if name != "zero_image" else set()
+        )
+        assert all(distance <= 1e-5 for distance in part["relative_l2"].values())
+        assert all(len(runs) == 3 and min(runs) > 0 for runs in part["seconds"].values())
+        assert 0 <= part["floor"] < min(part["seconds"]["ours"])
+    several = [*small[:3], "--pixels", "32", "64", "--parts", "unet", "--quick"]
+    assert run("benchmark", *several) == 0
+    shown = capsys.readouterr().out
+    assert "unet 32, small" in shown and "unet 64, small" in shown
+    row = r"\d s  \(.* × diffusers  .*e[-+]\d\d from float32  .*% of roofline"
+    assert len([line for line in shown.splitlines() if re.search(row, line)]) == 6
+
+
+def test_the_roofline_counts_each_product_and_what_it_moves():
+    conv, norm = nn.Conv2d(8, 16, 3, padding=1), nn.GroupNorm(4, 16)
+    linear, x, y = nn.Linear(16, 4), torch.zeros(2, 8, 5, 5), torch.zeros(2, 4, 6, 16)
+    with torch.no_grad():
+        work = load("roofline").work_of(
+            lambda: (norm(conv(x)), linear(torch.zeros(3, 16)), F.scaled_dot_product_attention(y, y, y))
+        )
+    convolved, product = 2 * 2 * 16 * 25 * 8 * 9, 2 * 3 * 16 * 4
+    assert [flop for flop, _ in work.layers] == [convolved, 0, product, 2 * 2 * 2 * 4 * 6 * 6 * 16]
+    assert work.layers[0][1] == 4 * (x.numel() + conv.weight.numel() + 16 + 2 * 16 * 25)
+    assert work.layers[1][1] == 4 * 2 * 16 * 25
+    assert work.seconds(peak=1.0, bandwidth=1e30) == sum(flop for flop, _ in work.layers)
+    assert work.seconds(peak=1e30, bandwidth=2.0) == sum(size for _, size in work.layers) / 2
+
+
+def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    monkeypatch.setitem(optimize.COMPILER, "backend", "eager")
+    module = load("benchmark")
+    monkeypatch.setattr(
+        module, "measure_part", lambda args, name: {"seconds": {"ours": [1.0]}, "prepare": {}, "of": [name]}
+    )
+    monkeypatch.setattr(module, "measure_ladder", lambda args, name: {"seconds": {}, "of": [name]})
+    assert module.main(["cuda", "--size", "small"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = [name for line in lines for name in line]
+    assert "torch" in lines[0]["machine"] and lines[1]["convolution 32 at 64"]["channels_last"] > 0
+    assert names.index("unet, bfloat16, 512 px") < names.index("unet, float32, 512 px") < len(names) - 1
+    assert "whole picture, bfloat16, 512 px" in names and names[-1] == "ladder of unet"
+    assert module.main(["cuda", "--size", "small", "--budget", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_benchmark_measures_each_rewrite_alone_and_in_sum(capsys):
+    ladder = ["ladder", "--size", "small", "--pixels", "32", "--runs", "2", "--parts", "unet", "movq"]
+    assert run("benchmark", *ladder, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    rungs = ["plain", "merged upsampling", "packed weights", "up to packed weights"]
+    assert list(results["unet"]["seconds"]) == rungs and len(results["movq"]["seconds"]) == 10
+    for part in results.values():
+        away = part["relative_l2"]
+        assert away.pop("plain") == away.pop("row bands", 0) == 0  # small maps are not cut
+        assert all(0 < distance <= 1e-5 for distance in away.values())
+        assert all(len(runs) == 2 for runs in part["seconds"].values())
+
+
+def test_the_benchmark_measures_a_whole_process_and_its_memory(capsys, random_folder):
+    small = ["--weights", random_folder / "kandinsky-2-2-decoder", "--steps", "2", "--prior-steps", "2"]
+    assert run("benchmark", "start", "--runs", "1", *small) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    names = ["kandinsky ", "kandinsky, --low-memory", "diffusers"]
+    assert all(line.startswith(name) for line, name in zip(lines, names * 2, strict=True))
+    assert [" s  (" in line for line in lines] == [True] * 3 + [False] * 3 and "GiB" in lines[-1]
+    with pytest.raises(ValueError, match="ended with 3: it broke"):
+        load("benchmark").process(
+            sys.executable, "-c", "import sys; print('it broke', file=sys.stderr); exit(3)"
+        )()
+
+
+def test_the_benchmarks_table_shows_ratios_of_medians():
+    lines = load("benchmark").table({"theirs": [4.0, 1.0, 9.0], "ours": [2.0, 2.0, 90.0]}, "theirs")
+    assert lines[1].split() == "ours 2 s (2 to 90) 0.50 × theirs".split()
