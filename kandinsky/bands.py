@@ -50,6 +50,12 @@ def bands(height: int, numbers: int) -> Iterator[slice]:
     return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
 
+def order_of(x: Tensor) -> torch.memory_format:
+    """NHWC or, where both would do, NCHW."""
+    is_nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_nhwc else torch.contiguous_format
+
+
 def with_halo(x: Tensor, rows: slice) -> tuple[Tensor, int]:
     """Rows with the one before and the one behind, as far as there are any; and where the first one lies."""
     start = max(rows.start - 1, 0)
@@ -59,7 +65,8 @@ def with_halo(x: Tensor, rows: slice) -> tuple[Tensor, int]:
 def convolve_normed(norm: nn.Module, conv: nn.Conv2d, x: Tensor, *zq: Tensor) -> Tensor:
     """conv(F.silu(norm(x, *zq))), conv being 3×3 with padding 1: (b, c, h, w) -> (b, c_out, h, w)"""
     scale, shift = affine(norm, x, *zq)
-    out = x.new_empty(len(x), conv.out_channels, *x.shape[2:])
+    shape = (len(x), conv.out_channels, *x.shape[2:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order_of(x))
     for rows in bands(x.shape[2], max(x.numel(), out.numel())):
         band, start = with_halo(x, rows)
         band = F.silu(applied(band, start, x.shape[2], scale, shift)).to(x.dtype)

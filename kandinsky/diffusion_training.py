@@ -168,7 +168,7 @@ class PriorObjective(Objective):
         t = (spread * num_steps).long().clamp(max=num_steps - 1).flatten()
         noise, t = draws.randn(n, x0.shape[1]), t.unflatten(0, (-1, n))
         text = self._text(batch, draws.rand() < DROPPED)
-        own = self._own_steps(t, draws) if self.own_steps else None
+        own = self._draw_steps(t, draws) if self.own_steps else None
         lengths, total = text["mask"].sum(dim=1), x0.new_zeros(())
         for rows in lengths.argsort().chunk(LENGTHS):
             longest = int(lengths[rows].max())
@@ -176,13 +176,13 @@ class PriorObjective(Objective):
             part, eps = self._read(part), noise[rows]
             if own is not None:
                 step = {name: x[rows] for name, x in own.items()}
-                eps = self._own_noise(x0[rows], eps, t[rows], part, step)
+                eps = self._led_noise(x0[rows], eps, t[rows], part, step)
             given = x0[rows], eps.flatten(0, 1), t[rows].flatten()
             loss = prior_loss(self.prior, self.scheduler, *given, part)
             total = total + loss * len(rows) / len(x0)
         return total, {}
 
-    def _own_steps(self, t: Tensor, draws: Draws) -> dict[str, Tensor]:
+    def _draw_steps(self, t: Tensor, draws: Draws) -> dict[str, Tensor]:
         """The steps that may lead to each of (b, k) t: (b, k, …); "rows", (b,): which captions take them."""
         n = t.shape[1]
         return {
@@ -193,7 +193,7 @@ class PriorObjective(Objective):
         }
 
     @torch.no_grad()
-    def _own_noise(self, x0: Tensor, noise: Tensor, t: Tensor, text: dict, own: dict[str, Tensor]) -> Tensor:
+    def _led_noise(self, x0: Tensor, noise: Tensor, t: Tensor, text: dict, own: dict[str, Tensor]) -> Tensor:
         """x0: (b, d), noise: (b, k, d), t: (b, k) -> (b, k, d), what lies on the samples; `own_noise`"""
         led = own["rows"].nonzero()[:, 0]
         if len(led) == 0:
@@ -211,6 +211,7 @@ class PriorObjective(Objective):
         guess = uncond + own["guidance_scale"][led].flatten(0, 1) * (cond - uncond)
         after = t[led].flatten(), own["noise"][led].flatten(0, 1)
         made = own_noise(self.scheduler, clean, guess, x, earlier, *after)
+        torch.clear_autocast_cache()  # weights cast without gradients would get none in the loss
         return noise.index_copy(0, led, made.view(b, k, d))
 
     def _text(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
@@ -329,7 +330,7 @@ class DecoderObjective(Objective):
             given["image_embeds"] = given["image_embeds"] + self.embedding_noise * extra
         if self.own_steps:
             empty = self._given(batch, torch.ones_like(dropped))
-            noise = self._own_noise(x0, noise, t, given, empty, draws)
+            noise = self._led_noise(x0, noise, t, given, empty, draws)
         error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, **given)
         return error + self.bound * bound, {"error": error.detach(), "bound": bound.detach()}
 
@@ -345,7 +346,7 @@ class DecoderObjective(Objective):
         return given
 
     @torch.no_grad()
-    def _own_noise(
+    def _led_noise(
         self, x0: Tensor, noise: Tensor, t: Tensor, given: dict, empty: dict, draws: Draws
     ) -> Tensor:
         """The noises, a share of them made by a guided step of the U-Net's own; `own_noise`"""
@@ -354,9 +355,8 @@ class DecoderObjective(Objective):
         led = (share < self.own_steps).nonzero()[:, 0]
         if len(led) == 0:
             return noise
-        reach = (
-            t[led] / self.scheduler.num_train_steps
-        )  # what is lost by a far step back, no step near 0 mends
+        # what a far step back loses, no step near 0 mends
+        reach = t[led] / self.scheduler.num_train_steps
         earlier = earlier_than(t[led], NUM_STEPS, self.scheduler, u[led], reach)
         clean, x = x0[led], noised(self.scheduler, x0[led], noise[led], earlier)
         uncond, cond = (
@@ -367,6 +367,7 @@ class DecoderObjective(Objective):
         alpha_bar = at(self.scheduler.alphas_cumprod, earlier, x)
         guess = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
         made = own_noise(self.scheduler, clean, guess, x, earlier, t[led], again[led])
+        torch.clear_autocast_cache()  # weights cast without gradients would get none in the loss
         if "known" in given:  # the loop puts the known latents back, noised by what they were noised by
             keep = given["known"][led, -1:]
             made = keep * noise[led] + (1 - keep) * made

@@ -6,6 +6,7 @@ PyTorch's own group norm brings an NHWC map into NCHW order first, and scale, sh
 write it again. What is computed is the same; statistics and sums are float32 in every dtype.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -33,18 +34,28 @@ def norm_silu(
     a = (var + eps).rsqrt().repeat_interleave(size, dim=1) * weight.float()
     b = bias.float() - mean.repeat_interleave(size, dim=1) * a
     if scale is not None and shift is not None:
-        a, b = a * (1 + scale), b * (1 + scale) + shift
+        scale, shift = 1 + scale.float(), shift.float()
+        a, b = a * scale, b * scale + shift
     out = torch.addcmul(b[:, :, None, None], x.float(), a[:, :, None, None])
     return (F.silu(out) if activate else out).to(x.dtype)
 
 
 @cache
-def compiled() -> object:
+def compiled() -> Callable:
     """One kernel for all sizes of maps; the first call of a process takes seconds."""
+    allow_recompiling(64)  # with modulation and without, in three dtypes …
     return torch.compile(norm_silu, dynamic=True)
 
 
+def allow_recompiling(times: int) -> None:
+    """Beyond its limit for a function PyTorch runs it uncompiled, and does not say so."""
+    import torch._dynamo.config as config
+
+    config.recompile_limit = max(config.recompile_limit, times)
+
+
 def apply(norm: nn.GroupNorm, x: Tensor, *modulation: Tensor, activate: bool = True) -> Tensor:
+    """`norm_silu` with a norm's weights, compiled where the map is on CUDA."""
     run = compiled() if x.is_cuda else norm_silu
     return run(x, norm.weight, norm.bias, norm.num_groups, norm.eps, *modulation, activate=activate)
 
@@ -59,6 +70,8 @@ class FusedGroupNorm(nn.GroupNorm):
 
 
 class FusedResnetBlock(unet.ResnetBlock):
+    """The norms themselves are not called: hooks on them see nothing."""
+
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
         if wants_gradient(x, self.conv1.weight):
             return super().forward(x, modulation)

@@ -77,7 +77,7 @@ class MergedUpsampling(Shared):
         """(b, c_in, h, w) -> (b, c_out, 2h, 2w)"""
         b, _, h, w = x.shape
         shape = (b, self.out_channels, 2 * h, 2 * w)
-        doubled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order_of(x))
+        doubled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=bands.order_of(x))
         for rows in bands.bands(h, doubled.numel()):
             band, start = bands.with_halo(x, rows)
             parts = self._convolve(band).unflatten(1, (2, 2, -1))  # (b, 2, 2, c, band's rows + 1, w + 1)
@@ -92,11 +92,6 @@ class MergedUpsampling(Shared):
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=1)
         return packed_conv(x, self.packed, self.bias, (1, 1), (1, 1), (1, 1))
-
-
-def order_of(x: Tensor) -> torch.memory_format:
-    is_nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if is_nhwc else torch.contiguous_format
 
 
 def _first_alone(taps: Tensor, dim: int) -> Tensor:
@@ -114,8 +109,11 @@ class _Merged:
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Casts and moves the convolution's own weight, and merges anew."""
+        order = None if self.merged.weight is None else bands.order_of(self.merged.weight)
         super()._apply(fn, recurse)
         self.merged = MergedUpsampling(_conv_of(self))
+        if order is not None and self.merged.weight is not None:
+            self.merged.weight = self.merged.weight.to(memory_format=order)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -230,9 +228,14 @@ def use_graph(network: nn.Module) -> int:
 
 def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
     """The convolutions' weights; maps follow them."""
-    found = [c for c in network.modules() if isinstance(c, nn.Conv2d) and c.weight.device.type == on]
+    merged = merged_convs(network)
+    found = [c for c in network.modules() if isinstance(c, nn.Conv2d) and c not in merged]
+    found = [c for c in found if c.weight.device.type == on]
     for layer in found:
         layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
+    for block in network.modules():
+        if isinstance(block, _Merged) and block.merged.weight is not None:
+            block.merged.weight = block.merged.weight.to(memory_format=torch.channels_last)
     return len(found)
 
 
@@ -241,8 +244,9 @@ def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
 
 
 def compile_blocks(network: nn.Module) -> int:
-    """Blocks of one kind share what is compiled, so the wait is for each kind and size of map."""
+    """Blocks that are alike share what is compiled. A copy of the network is not compiled."""
     found = [block for block in network.modules() if isinstance(block, BLOCKS)]
+    fused.allow_recompiling(len(found))
     for block in found:
         block.compile(**COMPILER)
     return len(found)
@@ -329,7 +333,8 @@ def optimize(
         how many layers each rewrite changed; it and those asked for before.
 
     Raises:
-        ValueError: an unknown rewrite, or two that do not go together.
+        ValueError: an unknown rewrite, or two that do not go together, with those asked for before.
+        TypeError: one name where several are needed.
     """
     rewrites = named(rewrites, compile)
     earlier = getattr(network, "rewrites", ())
@@ -354,6 +359,7 @@ def _check(rewrites: tuple[str, ...]) -> None:
 
 def restore(network: nn.Module) -> None:
     """Makes an optimized network plain again, to the last bit."""
+    rewrites = vars(network).pop("rewrites", ())
     for layer in network.modules():
         if isinstance(layer, Packed):
             layer.unpack()
@@ -361,15 +367,14 @@ def restore(network: nn.Module) -> None:
             for made in ("merged", "graph"):
                 vars(layer).pop(made, None)
             layer.__class__ = PLAIN[type(layer)]
-        if isinstance(layer, nn.Conv2d) and layer.weight.stride(3) != 1:  # NHWC
+        if "channels last" in rewrites and isinstance(layer, nn.Conv2d):
             layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
-        if "compiled blocks" in getattr(network, "rewrites", ()):
+        if "compiled blocks" in rewrites and isinstance(layer, BLOCKS):
             layer._compiled_call_impl = None
-    vars(network).pop("rewrites", None)
 
 
 def is_optimized(network: nn.Module) -> bool:
-    """Whether any of its layers is."""
+    """Whether any of its layers is of a faster class; order and compiling leave it as good for training."""
     return any(isinstance(layer, (Packed, *PLAIN)) for layer in network.modules())
 
 

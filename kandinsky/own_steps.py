@@ -8,8 +8,6 @@ sampler brings them to their own. They still show x0, and the loss asks for it a
     x0 ─ noise ─→ x at an earlier t ─ the network, guided → a guess of x0 ─ step → x at t ─→ the loss
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from kandinsky.schedulers import Scheduler, posterior_mean
@@ -29,7 +27,9 @@ def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return table.to(like.device, like.dtype)[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
-def earlier_than(t: Tensor, num_steps: int, scheduler: Scheduler, u: Tensor, reach: Any = 1.0) -> Tensor:
+def earlier_than(
+    t: Tensor, num_steps: int, scheduler: Scheduler, u: Tensor, reach: float | Tensor = 1.0
+) -> Tensor:
     """From where a step of a loop of num_steps may have led to t: one stride before it, or up to `reach` of
     what is left of the schedule further. u: like t, in [0, 1)"""
     last, stride = scheduler.num_train_steps - 1, scheduler.num_train_steps // num_steps
@@ -45,7 +45,7 @@ def own_noise(
     Args:
         guess: of x0, guided; clipped here as in a step.
         x, noise: like x0, the sample at `earlier`, and what the step draws.
-        earlier, t: (b,) timesteps, the first above the second.
+        earlier, t: (b,) timesteps, the first not below the second.
 
     Returns:
         like x0

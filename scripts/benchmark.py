@@ -6,9 +6,10 @@ parts    text encoder, zero image, prior, U-Net step and MoVQ, at random weights
 ladder   the same networks, plain, with each rewrite of `kandinsky.optimize` alone, and with ever more of them
 cuda     what is worth knowing on a GPU, most important first, until --budget is spent; JSON, a line for each
 
-"% of roofline": the share of the time that the machine's limits set (`roofline.py`) alone would take.
+"% of roofline": of the time taken, the least that our plain network can take here (`roofline.py`).
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -80,9 +81,9 @@ def parse_args(argv=None):
     parser.add_argument("--compile", action="store_true", help="also under torch.compile, for parts")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
-    of_networks = args.what in ("parts", "ladder", "cuda")
+    of_networks = args.what in ("parts", "ladder")
     if args.runs is None:
-        args.runs = 2 if args.quick else 5 if of_networks else 9
+        args.runs = 2 if args.quick else 9 if args.what in ("import", "start") else 5
     if args.compile and args.what != "parts":
         parser.error("--compile goes with parts")
     if args.runs < 1:
@@ -91,6 +92,8 @@ def parse_args(argv=None):
         args.pixels = [256 if args.quick else 512]
     if args.what == "start" and args.pixels is not None and len(args.pixels) > 1:
         parser.error("start takes one of --pixels")
+    if args.what == "cuda" and (args.pixels or args.quick or args.parts != list(PARTS)):
+        parser.error("cuda takes none of --pixels, --parts and --quick; it does all that it has time for")
     args.device = arguments.device(args.device)
     return args
 
@@ -170,23 +173,34 @@ def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
     half, args.dtype = "bfloat16", "bfloat16" if args.device.type == "cuda" else args.dtype
     yield from measure_convolutions(args)
     networks = ["unet", "prior", "movq", "text_encoder"]
-    plan = [  # dtype, parts, sides, compiled too
-        (half, networks, [512], True),
-        ("float32", networks, [512], False),
-        ("float16", networks, [512], False),
-        (half, ["unet", "movq"], [1024], True),
-        (half, ["zero_image"], [512], False),
+    plan = [  # dtype, networks, side, compiled too
+        (half, networks, 512, True),
+        ("float32", networks, 512, False),
+        ("float16", networks, 512, False),
+        (half, ["unet", "movq"], 1024, True),
+        (half, ["zero_image"], 512, False),
     ]
-    for dtype, args.parts, args.pixels, args.compile in plan:
-        args.dtype, parts = dtype, {}
-        for name, result in each_part(args, measure_part):
-            parts[name] = result
-            yield f"{name}, {dtype}, {args.side} px", result
-        if {"unet", "prior", "movq", "text_encoder"} <= set(parts):
-            yield f"whole picture, {dtype}, {args.side} px", {"seconds": whole_picture(parts)}
-    args.dtype, args.parts, args.pixels = half, ["unet"], [512]
-    for name, result in each_part(args, measure_ladder):
-        yield f"ladder of {name}", result
+    for dtype, names, side, compiled in plan:
+        vars(args).update(dtype=dtype, side=side, compile=compiled)
+        parts = {}
+        for name in names:
+            parts[name] = attempt(measure_part, args, name)
+            yield f"{name}, {dtype}, {side} px", parts[name]
+        if all("error" not in result for result in parts.values()) and names == networks:
+            yield f"whole picture, {dtype}, {side} px", {"seconds": whole_picture(parts)}
+    vars(args).update(dtype=half, side=512)
+    yield "ladder of unet", attempt(measure_ladder, args, "unet")
+
+
+def attempt(measure: Callable, args: Any, name: str) -> dict[str, Any]:
+    """The result, or what went wrong: the others are still worth knowing."""
+    try:
+        torch._dynamo.reset()
+        return measure(args, name)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+    finally:
+        gc.collect()
 
 
 def run_cuda(args) -> None:

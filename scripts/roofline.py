@@ -2,7 +2,7 @@
 
 For each matrix product, convolution and attention: the longer of its operations at the machine's highest
 rate, and of moving its weights, inputs and result once. A group norm adds a reading, for its statistics.
-Direct convolution is assumed: Winograd may go below.
+It is counted on our plain network, whatever runs: merged upsampling and Winograd may go below.
 """
 
 import time

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kandinsky import optimize
 from tests.test_scripts import load, run
 
 
@@ -62,8 +61,6 @@ def test_the_roofline_counts_each_product_and_what_it_moves():
 
 
 def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda call, **_: call)
-    monkeypatch.setitem(optimize.COMPILER, "backend", "eager")
     module = load("benchmark")
     monkeypatch.setattr(
         module, "measure_part", lambda args, name: {"seconds": {"ours": [1.0]}, "prepare": {}, "of": [name]}
@@ -77,6 +74,13 @@ def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, 
     assert "whole picture, bfloat16, 512 px" in names and names[-1] == "ladder of unet"
     assert module.main(["cuda", "--size", "small", "--budget", "0"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+    monkeypatch.setattr(module, "measure_part", lambda args, name: 1 / 0)
+    assert module.main(["cuda", "--size", "small"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    failed = {name: result["error"] for line in lines for name, result in line.items() if "error" in result}
+    assert failed["unet, bfloat16, 512 px"] == "ZeroDivisionError: division by zero" and len(failed) > 10
+    assert list(lines[-1]) == ["ladder of unet"] and "whole" not in str(lines)
+    assert run("benchmark", "cuda", "--quick") == 2
 
 
 def test_the_benchmark_measures_each_rewrite_alone_and_in_sum(capsys):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kandinsky import Kandinsky, MoVQ, UNet, fused, optimize
+from kandinsky import Kandinsky, MoVQ, UNet, bands, fused, optimize
 from kandinsky.lora import add_lora
 from kandinsky.optimize import FUSED, is_optimized, restore
 from tests import small
@@ -36,13 +36,18 @@ def test_the_fused_norm_is_the_sequence_that_it_stands_for(device, order, modula
         assert out.is_contiguous(memory_format=order)
 
 
-def test_it_lies_no_further_from_float32_in_half_precision():
-    norm, x = nn.GroupNorm(8, 64), 2 + randn(2, 64, 8, 8)
-    exact = F.silu(norm(x))
-    half = copy.deepcopy(norm).bfloat16()
-    plain = F.silu(half(x.bfloat16()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_lies_no_further_from_float32_in_half_precision(dtype):
+    norm, x, modulation = nn.GroupNorm(8, 64), 2 + randn(2, 64, 8, 8), [randn(2, 64, seed=i) for i in (1, 2)]
+
+    def plain(norm, x, scale, shift):
+        return F.silu(norm(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+
+    exact, half = plain(norm, x, *modulation), copy.deepcopy(norm).to(dtype)
+    given = [a.to(dtype) for a in (x, *modulation)]
+    ours, theirs = fused.apply(half, *given), plain(half, *given)
     assert (
-        relative_l2(fused.apply(half, x.bfloat16()).float(), exact) <= relative_l2(plain.float(), exact) * 1.1
+        ours.dtype == dtype and relative_l2(ours.float(), exact) <= relative_l2(theirs.float(), exact) * 1.1
     )
 
 
@@ -63,11 +68,13 @@ def networks(device: str) -> list:
 @torch.no_grad()
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("merges", [False, True])
-def test_networks_in_nhwc_with_fused_norms_give_the_same_and_come_back(device, merges):
+def test_networks_in_nhwc_with_fused_norms_give_the_same_and_come_back(device, merges, monkeypatch):
+    monkeypatch.setattr(bands, "LARGEST", 1000)
     for network, output in networks(device):
         plain, weights = output(network), copy.deepcopy(network.state_dict())
         if merges:
             assert optimize.merge_upsampling(network) > 0
+            optimize.cut_bands(network)
         assert optimize.use_channels_last(network, device) > 0 and optimize.fuse_norms(network, device) > 0
         assert not {type(m) for m in network.modules()} & set(FUSED)
         strides = []
@@ -77,6 +84,7 @@ def test_networks_in_nhwc_with_fused_norms_give_the_same_and_come_back(device, m
         assert relative_l2(output(network), plain) <= 1e-5
         assert sum(strides) > 0.9 * len(strides)  # the order holds through the network
         assert relative_l2(output(copy.deepcopy(network)), plain) <= 1e-5 and is_optimized(network)
+        network.rewrites = ("channels last", "fused norms")
         restore(network)
         assert not is_optimized(network) and torch.equal(output(network), plain)
         assert all(
@@ -116,11 +124,10 @@ def test_compiled_blocks_give_the_same_and_come_back(compiled_calls):
         plain = output(network)
         changed = optimize.optimize(network, compile=True)
         assert changed["compiled blocks"] > 4 and not {"packed weights", "winograd"} & set(changed)
+        used = [m for m in network.modules() if isinstance(m, optimize.BLOCKS)]
+        used = [m for m in used if m not in set(getattr(network, "encoder", nn.Identity()).modules())]
         compiled_calls.clear()
-        assert (
-            relative_l2(output(network), plain) <= 1e-5
-            and len(compiled_calls) >= changed["compiled blocks"] // 2
-        )
+        assert relative_l2(output(network), plain) <= 1e-5 and len(compiled_calls) >= len(used) > 4
         restore(network)
         compiled_calls.clear()
         assert torch.equal(output(network), plain) and not compiled_calls

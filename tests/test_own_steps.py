@@ -5,11 +5,12 @@ import torch
 
 from kandinsky import Prior, UNet, diffusion_training
 from kandinsky.diffusion_training import DecoderObjective, PriorObjective
+from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.own_steps import earlier_than, noised, own_noise
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer
 from tests.helpers import randn, relative_l2
-from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_unet
+from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_text_encoder, reference_unet
 from tests.test_training import small_cache
 
 
@@ -40,6 +41,19 @@ def test_an_earlier_timestep_is_a_stride_before_or_more():
     assert earlier.max() == 999 and (earlier >= (t + 40).clamp(max=999)).all() and earlier[:40].max() > 900
     near = earlier_than(t, 50, DDPMScheduler(), u, t / 1000)
     assert (near >= (t + 20).clamp(max=999)).all() and (near <= 2 * t + 20).all()
+
+
+def test_own_steps_go_with_a_text_tower_in_training_and_with_hints(noises):
+    tower = ours(CLIPTextEncoder, reference_text_encoder(0))
+    objective = objective_of("prior", 1.0)
+    objective.text_encoder = tower
+    objective.loss(objective.batch([0, 1, 2]), Draws("2", slice(None), 3))[0].backward()
+    assert len(noises) == 3 and tower.text_projection.weight.grad.abs().sum() > 0
+    objective = objective_of("decoder", 1.0)
+    objective.unet = ours(UNet, reference_unet(hint=True, in_channels=8))
+    objective.cache.tensors["hint"] = randn(12, 3, 64, 64).sigmoid()
+    objective.loss(objective.batch([0, 1]), Draws("2", slice(None), 2))[0].backward()
+    assert len(noises) == 4 and objective.unet.conv_in.weight.grad.abs().sum() > 0
 
 
 def objective_of(kind: str, share: float, **extra: torch.Tensor):
