@@ -25,8 +25,6 @@ from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.movq import MoVQ
 from kandinsky.own_steps import (
     MOST_GUIDANCE,
-    NUM_PRIOR_STEPS,
-    NUM_STEPS,
     at,
     earlier_than,
     noised,
@@ -75,18 +73,10 @@ def decoder_loss(
     Returns:
         the two parts, to be added
     """
-    x = noised(scheduler, x0, noise, t)
-    eps, variance = predict_noise(unet, x, t, image_embeds, **entrance)
-    return F.mse_loss(eps, noise), variance_bound(scheduler, x0, x, t, eps.detach(), variance).mean()
-
-
-def predict_noise(
-    unet: UNet, x: Tensor, t: Tensor, image_embeds: Tensor, known: Tensor | None = None, **entrance: Any
-) -> tuple[Tensor, Tensor]:
-    """-> noise and variance, (b, 4, h, w) each; arguments as `decoder_loss`'s"""
+    x, known = noised(scheduler, x0, noise, t), entrance.pop("known", None)
     sample = x if known is None else torch.cat([x, known], dim=1)
-    noise, variance = unet(sample, t, image_embeds, **entrance).chunk(2, dim=1)
-    return noise, variance
+    eps, variance = unet(sample, t, image_embeds, **entrance).chunk(2, dim=1)
+    return F.mse_loss(eps, noise), variance_bound(scheduler, x0, x, t, eps.detach(), variance).mean()
 
 
 def variance_bound(
@@ -187,7 +177,7 @@ class PriorObjective(Objective):
         n = t.shape[1]
         return {
             "rows": draws.rand() < self.own_steps,
-            "earlier": earlier_than(t, NUM_PRIOR_STEPS, self.scheduler, draws.rand(n)),
+            "earlier": earlier_than(t, self.scheduler, draws.rand(n)),
             "noise": draws.randn(n, self.prior.config.embedding_dim),
             "guidance_scale": 1 + (MOST_GUIDANCE - 1) * draws.rand(n, 1),
         }
@@ -302,10 +292,8 @@ class DecoderObjective(Objective):
         bound: float = 1.0,
         embedding_noise: float = 0.0,
         dtype: torch.dtype = torch.float32,
-        own_steps: float = 0.0,
     ):
         super().__init__()
-        self.own_steps = own_steps
         self.unet, self.scheduler, self.cache, self.painter = unet, scheduler, cache, painter
         self.zero_image_embeds, self.bound, self.dtype = zero_image_embeds, bound, dtype
         self.embedding_noise = embedding_noise
@@ -323,55 +311,18 @@ class DecoderObjective(Objective):
         if self.scheduler.clip_sample:  # what lies outside cannot be drawn
             x0 = x0.clamp(-self.scheduler.clip_sample_range, self.scheduler.clip_sample_range)
         t, noise = draws.randint(self.scheduler.num_train_steps), draws.randn(*x0.shape[1:])
-        dropped = draws.rand() < DROPPED
-        given = self._given(batch, dropped)
+        dropped = (draws.rand() < DROPPED)[:, None]
+        image_embeds = torch.where(dropped, self.zero_image_embeds.to(x0.device), batch["image_embeds"])
         if self.embedding_noise:  # what the prior draws is never exact
-            extra = draws.randn(batch["image_embeds"].shape[1])
-            given["image_embeds"] = given["image_embeds"] + self.embedding_noise * extra
-        if self.own_steps:
-            empty = self._given(batch, torch.ones_like(dropped))
-            noise = self._led_noise(x0, noise, t, given, empty, draws)
-        error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, **given)
+            image_embeds = image_embeds + self.embedding_noise * draws.randn(image_embeds.shape[1])
+        entrance = {name: batch[name] for name in ("hint", "known") if name in batch}
+        for name in DECODER_TEXTS & batch.keys():
+            texts, empty = batch[name], self.cache[f"empty_{name}"].float().to(x0.device)
+            entrance[name.removeprefix("decoder_")] = torch.where(
+                dropped.view(-1, *[1] * (texts.ndim - 1)), empty, texts
+            )
+        error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, image_embeds, **entrance)
         return error + self.bound * bound, {"error": error.detach(), "bound": bound.detach()}
-
-    def _given(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
-        """What the U-Net reads beside the sample, as `decoder_loss`'s arguments. dropped: (b,)"""
-        empty = {"image_embeds": self.zero_image_embeds}
-        empty |= {name: self.cache[f"empty_{name}"].float() for name in DECODER_TEXTS & batch.keys()}
-        given = {name: batch[name] for name in ("hint", "known") if name in batch}
-        for name, none in empty.items():
-            flags = dropped.reshape(-1, *[1] * (batch[name].ndim - 1))
-            mixed = torch.where(flags, none.to(dropped.device), batch[name])
-            given[name.removeprefix("decoder_")] = mixed
-        return given
-
-    @torch.no_grad()
-    def _led_noise(
-        self, x0: Tensor, noise: Tensor, t: Tensor, given: dict, empty: dict, draws: Draws
-    ) -> Tensor:
-        """The noises, a share of them made by a guided step of the U-Net's own; `own_noise`"""
-        again, u, share = draws.randn(*x0.shape[1:]), draws.rand(), draws.rand()
-        scale = 1 + (MOST_GUIDANCE - 1) * draws.rand(1, 1, 1)
-        led = (share < self.own_steps).nonzero()[:, 0]
-        if len(led) == 0:
-            return noise
-        # what a far step back loses, no step near 0 mends
-        reach = t[led] / self.scheduler.num_train_steps
-        earlier = earlier_than(t[led], NUM_STEPS, self.scheduler, u[led], reach)
-        clean, x = x0[led], noised(self.scheduler, x0[led], noise[led], earlier)
-        uncond, cond = (
-            predict_noise(self.unet, x, earlier, **{name: v[led] for name, v in side.items()})[0]
-            for side in (empty, given)
-        )
-        eps = uncond + scale[led] * (cond - uncond)
-        alpha_bar = at(self.scheduler.alphas_cumprod, earlier, x)
-        guess = (x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
-        made = own_noise(self.scheduler, clean, guess, x, earlier, t[led], again[led])
-        torch.clear_autocast_cache()  # weights cast without gradients would get none in the loss
-        if "known" in given:  # the loop puts the known latents back, noised by what they were noised by
-            keep = given["known"][led, -1:]
-            made = keep * noise[led] + (1 - keep) * made
-        return noise.index_copy(0, led, made)
 
     def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
         return (

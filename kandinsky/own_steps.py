@@ -1,18 +1,20 @@
-"""A share of the training samples is what the network's own steps make, as it is when drawing.
+"""A share of the prior's training samples is what its own steps make, as it is when drawing.
 
 In training the sample at t is x0 with Gaussian noise. When drawing it is what earlier steps made of the
 network's guesses, which guidance exaggerates; a network that saw only the former goes astray there
 (arXiv:2301.11706 calls it exposure bias). So some rows are noised to an earlier t, and a guided step of the
 sampler brings them to their own. They still show x0, and the loss asks for it as everywhere.
 
-    x0 ─ noise ─→ x at an earlier t ─ the network, guided → a guess of x0 ─ step → x at t ─→ the loss
+    x0 ─ noise ─→ x at an earlier t ─ the prior, guided → a guess of x0 ─ step → x at t ─→ the loss
+
+The same was tried for the decoder's U-Net, 1,100 steps of it: 80 of 100 pictures were right, without it 88.
 """
 
 from torch import Tensor
 
 from kandinsky.schedulers import Scheduler, posterior_mean
 
-NUM_STEPS, NUM_PRIOR_STEPS = 50, 25  # of the loops that own steps are like
+NUM_STEPS = 25  # of the loop that own steps are like
 MOST_GUIDANCE = 5.0  # of own steps; the least is 1
 
 
@@ -27,13 +29,11 @@ def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return table.to(like.device, like.dtype)[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
-def earlier_than(
-    t: Tensor, num_steps: int, scheduler: Scheduler, u: Tensor, reach: float | Tensor = 1.0
-) -> Tensor:
-    """From where a step of a loop of num_steps may have led to t: one stride before it, or up to `reach` of
-    what is left of the schedule further. u: like t, in [0, 1)"""
-    last, stride = scheduler.num_train_steps - 1, scheduler.num_train_steps // num_steps
-    further = u.square() * reach * (last - stride - t).clamp(min=0)
+def earlier_than(t: Tensor, scheduler: Scheduler, u: Tensor) -> Tensor:
+    """From where a step may have led to t: one stride of the loop before it, or further, up to the schedule's
+    end. u: like t, in [0, 1)"""
+    last, stride = scheduler.num_train_steps - 1, scheduler.num_train_steps // NUM_STEPS
+    further = u.square() * (last - stride - t).clamp(min=0)
     return (t + stride + further.long()).clamp(max=last)
 
 

@@ -1,6 +1,6 @@
 """The flags that the training scripts share, and what they stand for."""
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,6 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--save-every", type=int, default=settings.save_every, help="steps")
     parser.add_argument("--sample-every", type=int, default=settings.sample_every, help="steps")
     parser.add_argument("--device", default="cpu", help="cpu, cuda …; under torchrun each process its own")
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text} is no share; allowed is 0 to 1")
-    return value
-
-
-def add_own_steps_flag(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--own-steps",
-        type=share,
-        default=0.0,
-        help="share of the samples that a guided step of the network's own leads to, as when it draws",
-    )
 
 
 def add_lora_flag(parser: ArgumentParser) -> None:

@@ -49,7 +49,6 @@ def parse_args(argv=None):
     parser.add_argument(
         "--embedding-noise", type=float, default=0.0, help="added to the embeddings in training"
     )
-    training_cli.add_own_steps_flag(parser)
     parser.add_argument(
         "--prior",
         type=Path,
@@ -174,7 +173,6 @@ def make_objective(args) -> DecoderObjective:
         args.bound,
         args.embedding_noise,
         getattr(torch, args.save_dtype),
-        args.own_steps,
     )
 
 

@@ -21,26 +21,23 @@ train train_clip --stage text --out "$out/clip" --steps 900 --decay 0.5 --learni
 # 3. Prior and decoder, from the teacher's embeddings; the text tower learns with the prior what belongs to what.
 train train_prior --clip "$out/clip" --out "$out/prior" --count 50000 --steps 10000 --batch-size 128 \
     --noises 4 --train-text --decay 0.5 --learning-rate 1.2e-3
-train train_decoder --clip "$out/clip" --movq "$out/movq-crops" --out "$out/decoder" --count 30000 \
+train train_decoder --clip "$out/clip" --movq "$out/movq-crops" --out "$out/mini-decoder" --count 30000 \
     --steps 9000 --decay 0.5 --embedding-noise 0.15 --learning-rate 1.2e-3
-# Then on their own guided steps: without, guidance led them astray in every fifth picture. Same data, read once.
-own="--own-steps 0.5 --decay 0.7 --warmup 100 --ema 0.997"
-mkdir -p "$out/mini-prior/training" "$out/mini-decoder/training"
-for name in prior/training/embeddings-train prior/training/embeddings-fresh decoder/training/latents; do
-    to="$out/mini-$name.safetensors"
-    [ -e "$to" ] || { cp "$out/$name.safetensors" "$to.part" && mv "$to.part" "$to"; }
+# Then the prior on its own guided steps: without, guidance leads it astray. Same data, encoded once.
+mkdir -p "$out/mini-prior/training"
+for name in train fresh; do
+    from="$out/prior/training/embeddings-$name.safetensors" to="$out/mini-prior/training/embeddings-$name.safetensors"
+    [ -e "$to" ] || { cp "$from" "$to.part" && mv "$to.part" "$to"; }
 done
 train train_prior --clip "$out/clip" --init "$out/prior" --out "$out/mini-prior" --count 50000 --steps 1450 \
-    --batch-size 128 --noises 4 --train-text --learning-rate 1e-3 $own
-train train_decoder --clip "$out/clip" --movq "$out/movq-crops" --init "$out/decoder" --out "$out/mini-decoder" \
-    --count 30000 --steps 1100 --embedding-noise 0.15 --learning-rate 8e-4 --batch-size 32 $own
+    --batch-size 128 --noises 4 --train-text --own-steps 0.5 --decay 0.7 --warmup 100 --ema 0.997
 
 # 4. The image tower learns the teacher's embeddings.
 train train_clip --stage image --out "$out/clip" --steps 5000 --decay 0.5
 
 # 5. No further step: puts the finished tower and the finished autoencoder into the two repositories.
 train train_prior --clip "$out/clip" --init "$out/prior" --out "$out/mini-prior" --steps 1450 --train-text
-train train_decoder --clip "$out/clip" --movq "$out/movq" --init "$out/decoder" --out "$out/mini-decoder" --steps 1100
+train train_decoder --clip "$out/clip" --movq "$out/movq" --out "$out/mini-decoder" --count 30000 --steps 9000
 
 # 6. The same decoder for inpainting and for depth hints, from what the prior draws of the captions: a picture's own
 # embedding says where everything is, and beside it a hint or the known pixels would never be read.

@@ -4,6 +4,7 @@
 """
 
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -40,10 +41,22 @@ def parse_args(argv=None):
         action="store_true",
         help="train the text tower too: what contrast taught it may not tell what belongs to what",
     )
-    training_cli.add_own_steps_flag(parser)
+    parser.add_argument(
+        "--own-steps",
+        type=share,
+        default=0.0,
+        help="share of the samples that a guided step of the prior's own leads to, as when it draws",
+    )
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text} is no share; allowed is 0 to 1")
+    return value
 
 
 @torch.no_grad()

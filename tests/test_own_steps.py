@@ -1,16 +1,17 @@
-"""Samples that the network's own steps lead to, in training."""
+"""Samples that the prior's own steps lead to, in training."""
 
 import pytest
 import torch
 
-from kandinsky import Prior, UNet, diffusion_training
-from kandinsky.diffusion_training import DecoderObjective, PriorObjective
+from kandinsky import Prior, diffusion_training
+from kandinsky.diffusion_training import PriorObjective
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.own_steps import earlier_than, noised, own_noise
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer
 from tests.helpers import randn, relative_l2
-from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_text_encoder, reference_unet
+from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_text_encoder
+from tests.test_scripts import run
 from tests.test_training import small_cache
 
 
@@ -37,33 +38,14 @@ def test_a_sample_that_no_step_leads_to_keeps_its_noise():
 
 def test_an_earlier_timestep_is_a_stride_before_or_more():
     t, u = torch.arange(1000).repeat(50), torch.rand(50_000, generator=torch.Generator().manual_seed(0))
-    earlier = earlier_than(t, 25, UnCLIPScheduler(), u)
+    earlier = earlier_than(t, UnCLIPScheduler(), u)
     assert earlier.max() == 999 and (earlier >= (t + 40).clamp(max=999)).all() and earlier[:40].max() > 900
-    near = earlier_than(t, 50, DDPMScheduler(), u, t / 1000)
-    assert (near >= (t + 20).clamp(max=999)).all() and (near <= 2 * t + 20).all()
 
 
-def test_own_steps_go_with_a_text_tower_in_training_and_with_hints(noises):
-    tower = ours(CLIPTextEncoder, reference_text_encoder(0))
-    objective = objective_of("prior", 1.0)
-    objective.text_encoder = tower
-    objective.loss(objective.batch([0, 1, 2]), Draws("2", slice(None), 3))[0].backward()
-    assert len(noises) == 3 and tower.text_projection.weight.grad.abs().sum() > 0
-    objective = objective_of("decoder", 1.0)
-    objective.unet = ours(UNet, reference_unet(hint=True, in_channels=8))
-    objective.cache.tensors["hint"] = randn(12, 3, 64, 64).sigmoid()
-    objective.loss(objective.batch([0, 1]), Draws("2", slice(None), 2))[0].backward()
-    assert len(noises) == 4 and objective.unet.conv_in.weight.grad.abs().sum() > 0
-
-
-def objective_of(kind: str, share: float, **extra: torch.Tensor):
+def objective_of(share: float) -> PriorObjective:
     cache = small_cache()
-    cache.tensors |= extra
-    if kind == "prior":
-        networks = ours(Prior, reference_prior()), UnCLIPScheduler(), cache, cache
-        return PriorObjective(*networks, num_noises=2, own_steps=share)
-    unet = ours(UNet, reference_unet(in_channels=9) if "known" in extra else reference_unet())
-    return DecoderObjective(unet, DDPMScheduler(), cache, randn(1, EMBEDDING_DIM, seed=7), own_steps=share)
+    networks = ours(Prior, reference_prior()), UnCLIPScheduler(), cache, cache
+    return PriorObjective(*networks, num_noises=2, own_steps=share)
 
 
 @pytest.fixture
@@ -81,7 +63,7 @@ def noises(monkeypatch) -> list[dict]:
 
 
 def test_the_guess_is_the_priors_own_guided_away_from_the_empty_prompt(noises):
-    objective = objective_of("prior", 1.0)
+    objective = objective_of(1.0)
     objective.loss(objective.batch([0]), Draws("2", slice(None), 1))
     (given,), batch, empty = noises, objective.batch([0]), objective.cache.empty_text
     known = [batch[f"text_{name}"] for name in ("embeds", "states", "mask")]
@@ -97,59 +79,47 @@ def test_the_guess_is_the_priors_own_guided_away_from_the_empty_prompt(noises):
         )
 
 
-def test_the_guess_is_the_unets_own_guided_away_from_the_zero_image(noises):
-    objective = objective_of("decoder", 1.0)
-    objective.loss(objective.batch([0]), Draws("2", slice(None), 1))
-    (given,) = noises
-    embeds = objective.batch([0])["image_embeds"], objective.zero_image_embeds
-    alpha_bar = objective.scheduler.alphas_cumprod[given["earlier"]].view(-1, 1, 1, 1)
-    guesses = []
-    for e in embeds:
-        eps, _ = objective.unet(given["x"], given["earlier"], e).chunk(2, dim=1)
-        guesses.append((given["x"] - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt())
-    cond, uncond = guesses
-    scale = ((given["guess"] - uncond) / (cond - uncond)).median()
-    assert 1 <= scale <= 5 and relative_l2(uncond + scale * (cond - uncond), given["guess"]) < 1e-3
+def test_own_steps_go_with_a_text_tower_in_training(noises):
+    objective = objective_of(1.0)
+    objective.text_encoder = tower = ours(CLIPTextEncoder, reference_text_encoder(0))
+    objective.loss(objective.batch([0, 1, 2]), Draws("2", slice(None), 3))[0].backward()
+    assert len(noises) == 3 and tower.text_projection.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["prior", "decoder"])
-def test_the_share_of_rows_is_as_asked_and_the_others_are_left_as_they_are(kind, monkeypatch):
-    taken, name = [], f"{kind}_loss"
-    real = getattr(diffusion_training, name)
+def test_the_share_of_rows_is_as_asked_and_the_others_are_left_as_they_are(monkeypatch):
+    taken, real = [], diffusion_training.prior_loss
 
-    def loss(network, scheduler, x0, noise, t, *others, **given):
+    def loss(prior, scheduler, x0, noise, *others):
         taken.append(noise)
-        return real(network, scheduler, x0, noise, t, *others, **given)
+        return real(prior, scheduler, x0, noise, *others)
 
-    monkeypatch.setattr(diffusion_training, name, loss)
+    monkeypatch.setattr(diffusion_training, "prior_loss", loss)
     with torch.no_grad():
         for share in (0.0, 0.5, 1.0):
-            objective = objective_of(kind, share)
+            objective = objective_of(share)
             objective.loss(objective.batch(list(range(12)) * 4), Draws("0", slice(None), 48))
-    calls = len(taken) // 3
-    none, half, all_ = (torch.cat(taken[calls * i : calls * (i + 1)]).flatten(1) for i in range(3))
+    none, half, all_ = (torch.cat(taken[4 * i : 4 * i + 4]) for i in range(3))
     changed = [(other != none).any(dim=1).float().mean().item() for other in (half, all_)]
     assert 0.25 < changed[0] < 0.75 and changed[1] > 0.9  # at the last timestep there is no earlier one
 
 
-def test_known_latents_keep_the_noise_that_the_loop_gives_them(monkeypatch):
-    known = torch.cat([randn(12, 4, 8, 8), (randn(12, 1, 8, 8, seed=1) > 0).float()], dim=1)
-    taken = []
-    monkeypatch.setattr(
-        diffusion_training, "decoder_loss", lambda *args, **_: (taken.append(args[3]), torch.zeros(2))[1]
-    )
-    for share in (0.0, 1.0):
-        objective = objective_of("decoder", share, known=known)
-        batch = objective.batch([0, 1, 2])
-        objective.loss(batch, Draws("1", slice(None), 3))
-    keep = (batch["known"][:, -1:] == 1).expand_as(taken[0])
-    assert torch.equal(taken[0][keep], taken[1][keep]) and (taken[0] != taken[1])[~keep].float().mean() > 0.9
+def test_two_processes_take_the_steps_of_one():
+    objective, n = objective_of(0.5), 2
+    t = torch.randint(1000, (8, n), generator=torch.Generator().manual_seed(0))
+    whole = objective._draw_steps(t, Draws("3", slice(None), 8))
+    halves = [objective._draw_steps(t[rows], Draws("3", rows, 8)) for rows in (slice(0, 4), slice(4, 8))]
+    assert all(torch.equal(whole[name], torch.cat([half[name] for half in halves])) for name in whole)
 
 
-@pytest.mark.parametrize("kind", ["prior", "decoder"])
-def test_weights_get_gradients_after_a_step_of_their_own_under_autocast(kind, tmp_path):
-    objective = objective_of(kind, 1.0)
+def test_weights_get_gradients_after_a_step_of_their_own_under_autocast(tmp_path):
+    objective = objective_of(1.0)
     trainer = Trainer(objective, Settings(batch_size=2, bf16=True), tmp_path)
     before = {name: p.detach().clone() for name, p in trainer.weights.items()}
     trainer.train_step([objective.batch([0, 1])])
     assert not [name for name, p in trainer.weights.items() if torch.equal(p, before[name])]
+
+
+def test_a_share_that_is_none_is_refused_in_one_line(capsys, tmp_path):
+    given = ["--clip", tmp_path, "--out", tmp_path / "out"]
+    assert run("train_prior", *given, "--own-steps", "1.5") == 2
+    assert capsys.readouterr().err.strip().endswith("1.5 is no share; allowed is 0 to 1; see --help")
