@@ -316,7 +316,9 @@ def named(rewrites: tuple[str, ...] | None, compile: bool) -> tuple[str, ...]:
     if rewrites is None:
         rewrites = tuple(name for name in USUAL if not (compile and name in UNCOMPILED))
     _check(rewrites)
-    return (*rewrites, "compiled blocks") if compile else tuple(rewrites)
+    rewrites = (*rewrites, "compiled blocks") if compile else tuple(rewrites)
+    _check(rewrites)
+    return rewrites
 
 
 def optimize(
@@ -397,17 +399,18 @@ def optimize_pipeline(
     pipe: Any, rewrites: tuple[str, ...] | None = None, compile: bool = False
 ) -> dict[str, dict[str, int]]:
     """`Kandinsky.optimize`: all but the image tower, now and each time that they are read."""
-    rewrites = named(rewrites, compile)
-    changed, pipe.is_optimized = {}, True
+    rewrites, changed, changes = named(rewrites, compile), {}, {}
     for name in NETWORKS:
         others = _other_changes(pipe, name)
         earlier = [c.keywords["rewrites"] for c in pipe.changes.get(name, []) if c not in others]
         together = tuple(dict.fromkeys((*chain(*earlier), *rewrites)))
         _check(together)
-        change = partial(optimize, rewrites=together)
-        pipe.changes[name] = [*others, change]
+        changes[name] = [*others, partial(optimize, rewrites=together)]
+    pipe.is_optimized = True
+    pipe.changes |= changes
+    for name in NETWORKS:
         if pipe.loaded(name) is not None:
-            changed[name] = change(pipe.loaded(name))
+            changed[name] = changes[name][-1](pipe.loaded(name))
     return changed
 
 

@@ -145,8 +145,12 @@ def test_a_pipeline_compiles_what_it_reads_later_and_takes_loras(compiled_calls,
     pipe.restore()
 
 
-def test_what_does_not_go_together_is_refused_and_nothing_changes():
+def test_what_does_not_go_together_is_refused_and_nothing_changes(decoder_folder):
     unet = ours(UNet, small.reference_unet())
     with pytest.raises(ValueError, match="compiled blocks do not go with packed weights"):
         optimize.optimize(unet, ("packed weights",), compile=True)
     assert not is_optimized(unet) and not hasattr(unet, "rewrites")
+    pipe = Kandinsky.from_pretrained(decoder_folder)
+    with pytest.raises(ValueError, match="compiled blocks do not go with packed weights"):
+        pipe.optimize(["packed weights"], compile=True)
+    assert not pipe.is_optimized and type(pipe.unet) is UNet and not is_optimized(pipe.unet)
