@@ -41,12 +41,11 @@ from torch.nn import functional as F
 from kandinsky import bands, fused, graphs, movq, packed, prior, unet, winograd
 from kandinsky.packed import (
     Packed,
+    PackedKernel,
     Placeholder,
     Shared,
     can_pack,
     pack,
-    pack_conv,
-    packed_conv,
     wants_gradient,
 )
 
@@ -70,7 +69,7 @@ class MergedUpsampling(Shared):
         self.bias = None if conv.bias is None else conv.bias.detach().repeat(4)
         self.out_channels, self.packed = conv.out_channels, None
         if can_pack(conv.weight):
-            self.packed = pack_conv(self.weight, (1, 1), (1, 1), (1, 1))
+            self.packed = PackedKernel(self.weight, (1, 1), (1, 1), (1, 1))
             self.weight = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class MergedUpsampling(Shared):
     def _convolve(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.conv2d(x, self.weight, self.bias, padding=1)
-        return packed_conv(x, self.packed, self.bias, (1, 1), (1, 1), (1, 1))
+        return self.packed(x, self.bias)
 
 
 def _first_alone(taps: Tensor, dim: int) -> Tensor:

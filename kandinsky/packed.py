@@ -71,18 +71,36 @@ class Placeholder(nn.Parameter):
         return memo.setdefault(id(self), Placeholder(self))
 
 
-def pack_conv(weight: Tensor, stride: Any, padding: Any, dilation: Any) -> PackedWeight:
-    """weight: (c_out, c_in, k, k), in the order that is best for a map of 32 × 32; others run too."""
-    where = (list(padding), list(stride), list(dilation), 1, [2, weight.shape[1], 32, 32])
-    return PackedWeight(torch._C._nn.mkldnn_reorder_conv2d_weight(weight.detach().to_mkldnn(), *where))
+class PackedKernel(Shared):
+    """A convolution's weight, in the order that is best for the map that it met last.
 
+    The order depends on batch, height and width. In one made for others a call can take ten times as long
+    as with the plain weight: oneDNN then lays it out anew each time, and slowly. So a weight is packed when
+    it is first called, and again when the maps change.
+    """
 
-def packed_conv(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
-) -> Tensor:
-    where = (list(padding), list(stride), list(dilation), 1, "none", [], "")
-    bias = None if bias is None else bias.detach()
-    return torch.ops.mkldnn._convolution_pointwise(x, packed.tensor, bias, *where)
+    def __init__(self, weight: Tensor, stride: Any, padding: Any, dilation: Any):
+        """weight: (c_out, c_in, k, k)"""
+        self.where = (list(padding), list(stride), list(dilation), 1)
+        self.packed: tuple[torch.Size | None, Tensor] = (None, weight.detach())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed[1].dtype
+
+    def plain(self) -> Tensor:
+        """To the last bit what was packed."""
+        _, tensor = self.packed
+        return tensor.to_dense() if tensor.is_mkldnn else tensor.clone()
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        shape, tensor = self.packed
+        if shape != x.shape:
+            weight = tensor.to_dense().to_mkldnn()
+            tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.where, list(x.shape))
+            self.packed = (x.shape, tensor)
+        bias = None if bias is None else bias.detach()
+        return torch.ops.mkldnn._convolution_pointwise(x, tensor, bias, *self.where, "none", [], "")
 
 
 def wants_gradient(x: Tensor, weight: Tensor) -> bool:
@@ -93,7 +111,7 @@ def wants_gradient(x: Tensor, weight: Tensor) -> bool:
 class Packed:
     """What the two packed layers share."""
 
-    packed: PackedWeight
+    packed: PackedWeight | PackedKernel
 
     def unpack(self) -> None:
         """Makes it the plain layer that it was."""
@@ -126,10 +144,10 @@ class PackedLinear(Packed, nn.Linear):
 
 class PackedConv2d(Packed, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        where = (self.stride, self.padding, self.dilation)
         if wants_gradient(x, self.weight):
+            where = (self.stride, self.padding, self.dilation)
             return F.conv2d(x, self.packed.plain(), self.bias, *where)
-        return packed_conv(x, self.packed, self.bias, *where)
+        return self.packed(x, self.bias)
 
 
 WITH_PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
@@ -144,7 +162,7 @@ def pack(layer: nn.Module) -> bool:
     if type(layer) is nn.Conv2d:
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
-        packed = pack_conv(weight, layer.stride, layer.padding, layer.dilation)
+        packed = PackedKernel(weight, layer.stride, layer.padding, layer.dilation)
     else:
         packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()))
     layer.weight = Placeholder(weight)

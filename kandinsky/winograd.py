@@ -108,7 +108,7 @@ def fits(layer: nn.Module) -> bool:
     """Whether a packed layer can be computed this way, and gains."""
     return (
         type(layer) is PackedConv2d
-        and layer.packed.tensor.dtype == torch.float32
+        and layer.packed.dtype == torch.float32
         and (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         == ((3, 3), (1, 1), (1, 1), (1, 1))
         and NARROWEST <= layer.in_channels

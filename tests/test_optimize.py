@@ -90,6 +90,37 @@ def test_each_rewrite_alone_gives_the_same(kind, rewrite):
     assert relative_l2(output(network), plain) <= 1e-5
 
 
+@needs_packing
+@torch.no_grad()
+def test_a_kernel_is_packed_for_the_maps_that_it_meets(monkeypatch):
+    reorder, sizes = torch._C._nn.mkldnn_reorder_conv2d_weight, []
+    record = lambda *args: sizes.append(tuple(args[-1])) or reorder(*args)  # noqa: E731
+    monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", record)
+    layer = nn.Conv2d(8, 24, 3, padding=1)
+    weight = layer.weight.detach().clone()
+    maps = [randn(2, 8, 5, 6), randn(2, 8, 5, 6, seed=1), randn(1, 8, 5, 6), randn(1, 8, 12, 6)]
+    plain = [layer(x) for x in maps]
+    assert packed.pack(layer) and sizes == []
+    copied = copy.deepcopy(layer)
+    for x, expected in zip(maps, plain):
+        assert relative_l2(layer(x), expected) <= 1e-6
+        assert torch.equal(layer.packed.plain(), weight)
+    assert sizes == [(2, 8, 5, 6), (1, 8, 5, 6), (1, 8, 12, 6)]
+    assert relative_l2(copied(maps[-1]), plain[-1]) <= 1e-6 and len(sizes) == 3  # shared
+
+
+@needs_packing
+def test_copies_that_were_never_called_come_back_with_weights_of_their_own():
+    layer = nn.Conv2d(8, 24, 3, padding=1)
+    packed.pack(layer)
+    copied = copy.deepcopy(layer)
+    layer.unpack()
+    copied.unpack()
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert copied.weight.abs().min() > 0
+
+
 @torch.no_grad()
 def test_the_plain_forms_stand_in_where_the_operators_are_missing(monkeypatch):
     monkeypatch.setattr(packed, "available", lambda: False)
