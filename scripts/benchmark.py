@@ -1,7 +1,8 @@
 """Measures what the README states: medians of runs taken in turn, so that a drifting machine favours none.
 
-import   a fresh process to the end of the import
+import   a fresh process to the end of the import, and of ours until a model is built
 start    a fresh process to a saved picture, and its peak memory, against diffusers on the same folders
+mask     what inpainting makes of a mask, against diffusers' on the same, 1024 px where not given
 parts    text encoder, zero image, prior, U-Net step and MoVQ, at random weights, against diffusers' on them
 ladder   the same networks, plain, with each rewrite of `kandinsky.optimize` alone, and with ever more of them
 cuda     what is worth knowing on a GPU, most important first, until --budget is spent; JSON, a line for each
@@ -30,14 +31,19 @@ from benchmark_networks import (
     measure_convolutions,
     measure_ladder,
     measure_part,
+    stopwatch,
     whole_picture,
 )
+from torch.nn import functional as F
 
 from kandinsky import Kandinsky, arguments, cli, random_weights
+from kandinsky.masks import keep_latents
 
+DECODER = str(cli.WEIGHTS / "mini-decoder")
 IMPORTS = {
     "torch": "import torch",
     "kandinsky": "import kandinsky",
+    "kandinsky, a model built": f"import kandinsky; kandinsky.Kandinsky.from_pretrained({DECODER!r}).unet",
     "diffusers": "from diffusers import KandinskyV22CombinedPipeline",
 }
 PROMPT = "a red circle above a small blue square on a yellow background"
@@ -57,7 +63,7 @@ decoder(embeds, negative, generator=generator, **size).images[0].save(out)
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    kinds = ("import", "start", "parts", "ladder", "cuda")
+    kinds = ("import", "start", "mask", "parts", "ladder", "cuda")
     parser.add_argument("what", choices=kinds, help="see above")
     parser.add_argument(
         "--runs", type=int, help="of each, after one that is not counted; default: 9, of networks 5"
@@ -74,24 +80,22 @@ def parse_args(argv=None):
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights")
     parser.add_argument("--steps", type=int, default=50, help="of the decoder, for start")
     parser.add_argument("--prior-steps", type=int, default=25, help="for start")
-    parser.add_argument(
-        "--weights", type=Path, default=cli.WEIGHTS / "mini-decoder", help="decoder folder, for start"
-    )
+    parser.add_argument("--weights", type=Path, default=Path(DECODER), help="decoder folder, for start")
     parser.add_argument("--device", default="cpu", help="of the networks")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile, for parts")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
     of_networks = args.what in ("parts", "ladder")
     if args.runs is None:
-        args.runs = 2 if args.quick else 9 if args.what in ("import", "start") else 5
+        args.runs = 2 if args.quick else 9 if args.what in ("import", "start", "mask") else 5
     if args.compile and args.what != "parts":
         parser.error("--compile goes with parts")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
     if args.pixels is None and of_networks:
         args.pixels = [256 if args.quick else 512]
-    if args.what == "start" and args.pixels is not None and len(args.pixels) > 1:
-        parser.error("start takes one of --pixels")
+    if args.what in ("start", "mask") and args.pixels is not None and len(args.pixels) > 1:
+        parser.error(f"{args.what} takes one of --pixels")
     if args.what == "cuda" and (args.pixels or args.quick or args.parts != list(PARTS)):
         parser.error("cuda takes none of --pixels, --parts and --quick; it does all that it has time for")
     args.device = arguments.device(args.device)
@@ -144,6 +148,20 @@ def measure_start(args) -> dict[str, dict[str, list[float]]]:
             given = [str(args.weights), str(pipe.need_prior()), PROMPT, pixels, *steps, dtype]
             commands["diffusers"] = [sys.executable, "-c", THEIR_SCRIPT, *given, f"{folder}/b.png"]
         return measure_processes(args.runs, commands)
+
+
+def measure_mask(args) -> dict[str, dict[str, list[float]]]:
+    """A square in the middle, a quarter of the picture, on its way to what the U-Net is told of it."""
+    side = args.pixels[0] if args.pixels else 1024
+    inside = (torch.arange(side) - side / 2 + 0.5).abs() < side / 4
+    mask = (inside[:, None] & inside).float()[None, None]
+    ways = {"kandinsky": lambda: keep_latents(mask, 8)}
+    if is_installed("diffusers"):
+        from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting as theirs
+
+        ways["diffusers"] = lambda: theirs.prepare_mask(F.interpolate(1 - mask, scale_factor=1 / 8))
+    timed = {name: stopwatch(args, mask, lambda _, way=way: way(), 1) for name, way in ways.items()}
+    return {"seconds": in_turn(args.runs, timed)}
 
 
 def table(measured: dict[str, list[float]], base: str, unit: str = "s") -> list[str]:
@@ -215,6 +233,9 @@ def run_cuda(args) -> None:
             break
 
 
+MEASURE = {"import": measure_imports, "start": measure_start, "mask": measure_mask}
+
+
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
@@ -232,11 +253,12 @@ def main(argv=None) -> int:
             results["whole picture"] = {"seconds": whole_picture(results)}
     else:
         base = "torch" if args.what == "import" else "diffusers"
-        results = (measure_imports if args.what == "import" else measure_start)(args)
+        results = MEASURE[args.what](args)
         base = base if base in results["seconds"] else "kandinsky"
         if not args.json:
-            lines = [*table(results["seconds"], base), "", *table(results["gib"], base, "GiB")]
-            print("\n".join(lines))
+            print("\n".join(table(results["seconds"], base)))
+            if "gib" in results:
+                print("\n".join(["", *table(results["gib"], base, "GiB")]))
     if args.json:
         print(json.dumps(results))
     elif "whole picture" in results:

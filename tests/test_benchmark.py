@@ -16,9 +16,16 @@ def test_the_benchmark_measures_imports(capsys):
     assert run("benchmark", "import", "--runs", "1", "--json") == 0
     results = json.loads(capsys.readouterr().out)
     for what in ("seconds", "gib"):
-        assert results[what].keys() == {"torch", "kandinsky", "diffusers"}
+        assert results[what].keys() == {"torch", "kandinsky", "kandinsky, a model built", "diffusers"}
         assert all(len(runs) == 1 and runs[0] > 0.05 for runs in results[what].values())
     assert run("benchmark", "import", "--runs", "0") == 2
+
+
+def test_the_benchmark_measures_the_mask(capsys):
+    assert run("benchmark", "mask", "--pixels", "256", "--runs", "2", "--json") == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    assert min(seconds["diffusers"]) > 10 * max(seconds["kandinsky"]) > 0
+    assert run("benchmark", "mask", "--pixels", "256", "512") == 2
 
 
 def test_the_benchmark_measures_parts_beside_their_distance(capsys):
