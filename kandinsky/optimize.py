@@ -8,7 +8,8 @@ whose forward computes the same from another order of the work. Saving, copying 
 for drawing: only under `torch.no_grad` do the fast forms run, and gradients reach inputs and LoRAs, not the
 network's own weights. Each rewrite is exact up to the rounding of sums:
 
-    packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU)
+    packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU); a
+                        convolution's at its first call, and again when batch, height or width change
     merged upsampling   doubling by nearest neighbour, then a 3×3 convolution: an output pixel sees 2×2 inputs
                         only, so four 2×2 convolutions of the small map do what one of the large map does
     low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size

@@ -1,9 +1,10 @@
 """Linear and convolution weights in the order that oneDNN's kernels read them, for the CPU.
 
-PyTorch lays a weight out anew at each call; a packed layer does it once. The packed weight takes the plain
-one's place in memory: `layer.weight` keeps its shape, dtype and device but holds NaN, and is made again for
-saving, casting, and wherever a gradient is asked for. The operators are PyTorch's own, those that its
-compiler emits, but private: `available` tells whether they are there.
+PyTorch lays a weight out anew at each call; a packed layer does it once, a convolution again when its maps
+change. The packed weight takes the plain one's place in memory: `layer.weight` keeps its shape, dtype and
+device but holds NaN, and is made again for saving, casting, and wherever a gradient is asked for. The
+operators are PyTorch's own, those that its compiler emits, but private: `available` tells whether they are
+there.
 """
 
 from typing import Any
@@ -40,7 +41,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Shared:
-    """What is derived from a weight and never written to, so that copies of a layer share it."""
+    """What is derived from a weight, so that copies of a layer share it; its tensors are never written to."""
 
     def __deepcopy__(self, memo: dict) -> Any:
         return self
@@ -80,23 +81,28 @@ class PackedKernel(Shared):
     """
 
     def __init__(self, weight: Tensor, stride: Any, padding: Any, dilation: Any):
-        """weight: (c_out, c_in, k, k)"""
+        """weight: (c_out, c_in, k, k), which it keeps"""
         self.where = (list(padding), list(stride), list(dilation), 1)
-        self.packed: tuple[torch.Size | None, Tensor] = (None, weight.detach())
+        self.packed: tuple[torch.Size | None, Tensor] = (None, weight)
+
+    def __deepcopy__(self, memo: dict) -> "PackedKernel":
+        """Shares the tensor until the copy meets other maps."""
+        other = object.__new__(type(self))
+        other.where, other.packed = self.where, self.packed
+        return memo.setdefault(id(self), other)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.packed[1].dtype
 
     def plain(self) -> Tensor:
-        """To the last bit what was packed."""
-        _, tensor = self.packed
-        return tensor.to_dense() if tensor.is_mkldnn else tensor.clone()
+        """To the last bit what was packed; not to be written to."""
+        return self.packed[1].to_dense()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         shape, tensor = self.packed
         if shape != x.shape:
-            weight = tensor.to_dense().to_mkldnn()
+            weight = self.plain().to_mkldnn()
             tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.where, list(x.shape))
             self.packed = (x.shape, tensor)
         bias = None if bias is None else bias.detach()
@@ -115,7 +121,7 @@ class Packed:
 
     def unpack(self) -> None:
         """Makes it the plain layer that it was."""
-        self.weight = nn.Parameter(self.packed.plain(), requires_grad=self.weight.requires_grad)
+        self.weight = nn.Parameter(self.packed.plain().clone(), requires_grad=self.weight.requires_grad)
         del self.packed
         self.__class__ = next(plain for plain, other in WITH_PACKED.items() if isinstance(self, other))
 
@@ -162,7 +168,7 @@ def pack(layer: nn.Module) -> bool:
     if type(layer) is nn.Conv2d:
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
-        packed = PackedKernel(weight, layer.stride, layer.padding, layer.dilation)
+        packed = PackedKernel(weight.detach().clone(), layer.stride, layer.padding, layer.dilation)
     else:
         packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()))
     layer.weight = Placeholder(weight)

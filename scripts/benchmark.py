@@ -96,6 +96,8 @@ def parse_args(argv=None):
         args.pixels = [256 if args.quick else 512]
     if args.what in ("start", "mask") and args.pixels is not None and len(args.pixels) > 1:
         parser.error(f"{args.what} takes one of --pixels")
+    if args.what == "mask" and args.pixels and args.pixels[0] % 8:
+        parser.error(f"--pixels is {args.pixels[0]}; of a mask it is a multiple of 8")
     if args.what == "cuda" and (args.pixels or args.quick or args.parts != list(PARTS)):
         parser.error("cuda takes none of --pixels, --parts and --quick; it does all that it has time for")
     args.device = arguments.device(args.device)
@@ -131,7 +133,7 @@ def measure_processes(runs: int, commands: dict[str, list[str]]) -> dict[str, di
 
 
 def measure_imports(args) -> dict[str, dict[str, list[float]]]:
-    names = [name for name in IMPORTS if is_installed(name)]
+    names = [name for name in IMPORTS if is_installed(name.split(",")[0])]
     return measure_processes(args.runs, {name: [sys.executable, "-c", IMPORTS[name]] for name in names})
 
 
