@@ -51,7 +51,7 @@ class Shared:
 
 
 class PackedWeight(Shared):
-    """A weight in oneDNN's order."""
+    """A linear layer's weight in oneDNN's order."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -83,28 +83,29 @@ class PackedKernel(Shared):
     def __init__(self, weight: Tensor, stride: Any, padding: Any, dilation: Any):
         """weight: (c_out, c_in, k, k), which it keeps"""
         self.where = (list(padding), list(stride), list(dilation), 1)
-        self.packed: tuple[torch.Size | None, Tensor] = (None, weight)
+        # the shape of the maps that it is packed for, none yet
+        self.current: tuple[torch.Size | None, Tensor] = (None, weight)
 
     def __deepcopy__(self, memo: dict) -> "PackedKernel":
         """Shares the tensor until the copy meets other maps."""
         other = object.__new__(type(self))
-        other.where, other.packed = self.where, self.packed
+        other.where, other.current = self.where, self.current
         return memo.setdefault(id(self), other)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.packed[1].dtype
+        return self.current[1].dtype
 
     def plain(self) -> Tensor:
         """To the last bit what was packed; not to be written to."""
-        return self.packed[1].to_dense()
+        return self.current[1].to_dense()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        shape, tensor = self.packed
+        shape, tensor = self.current
         if shape != x.shape:
             weight = self.plain().to_mkldnn()
             tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.where, list(x.shape))
-            self.packed = (x.shape, tensor)
+            self.current = (x.shape, tensor)
         bias = None if bias is None else bias.detach()
         return torch.ops.mkldnn._convolution_pointwise(x, tensor, bias, *self.where, "none", [], "")
 
@@ -168,6 +169,7 @@ def pack(layer: nn.Module) -> bool:
     if type(layer) is nn.Conv2d:
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return False
+        # a copy: until it is called it would keep the weights' whole file mapped
         packed = PackedKernel(weight.detach().clone(), layer.stride, layer.padding, layer.dilation)
     else:
         packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous()))

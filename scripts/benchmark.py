@@ -39,11 +39,11 @@ from torch.nn import functional as F
 from kandinsky import Kandinsky, arguments, cli, random_weights
 from kandinsky.masks import keep_latents
 
-DECODER = str(cli.WEIGHTS / "mini-decoder")
+DECODER = cli.WEIGHTS / "mini-decoder"
 IMPORTS = {
     "torch": "import torch",
     "kandinsky": "import kandinsky",
-    "kandinsky, a model built": f"import kandinsky; kandinsky.Kandinsky.from_pretrained({DECODER!r}).unet",
+    "kandinsky, a model built": f"from kandinsky import Kandinsky as K; K.from_pretrained({str(DECODER)!r}).unet",
     "diffusers": "from diffusers import KandinskyV22CombinedPipeline",
 }
 PROMPT = "a red circle above a small blue square on a yellow background"
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights")
     parser.add_argument("--steps", type=int, default=50, help="of the decoder, for start")
     parser.add_argument("--prior-steps", type=int, default=25, help="for start")
-    parser.add_argument("--weights", type=Path, default=Path(DECODER), help="decoder folder, for start")
+    parser.add_argument("--weights", type=Path, default=DECODER, help="decoder folder, for start")
     parser.add_argument("--device", default="cpu", help="of the networks")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile, for parts")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
@@ -157,12 +157,12 @@ def measure_mask(args) -> dict[str, dict[str, list[float]]]:
     side = args.pixels[0] if args.pixels else 1024
     inside = (torch.arange(side) - side / 2 + 0.5).abs() < side / 4
     mask = (inside[:, None] & inside).float()[None, None]
-    ways = {"kandinsky": lambda: keep_latents(mask, 8)}
+    ways = {"kandinsky": lambda mask: keep_latents(mask, 8)}
     if is_installed("diffusers"):
         from diffusers.pipelines.kandinsky2_2 import pipeline_kandinsky2_2_inpainting as theirs
 
-        ways["diffusers"] = lambda: theirs.prepare_mask(F.interpolate(1 - mask, scale_factor=1 / 8))
-    timed = {name: stopwatch(args, mask, lambda _, way=way: way(), 1) for name, way in ways.items()}
+        ways["diffusers"] = lambda mask: theirs.prepare_mask(F.interpolate(1 - mask, scale_factor=1 / 8))
+    timed = {name: stopwatch(args, mask, way, 1) for name, way in ways.items()}
     return {"seconds": in_turn(args.runs, timed)}
 
 

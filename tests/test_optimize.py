@@ -337,7 +337,7 @@ def test_copies_share_what_is_derived_from_weights(monkeypatch):
     pairs = list(zip(network.modules(), copy.deepcopy(network).modules()))
     tensors = {
         packed.PackedLinear: lambda layer: layer.packed.tensor,
-        packed.PackedConv2d: lambda layer: layer.packed.packed[1],
+        packed.PackedConv2d: lambda layer: layer.packed.current[1],
         winograd.WinogradConv2d: lambda layer: layer.kernel.tensor,
     }
     for kind, tensor in tensors.items():
