@@ -40,10 +40,11 @@ from kandinsky import Kandinsky, arguments, cli, random_weights
 from kandinsky.masks import keep_latents
 
 DECODER = cli.WEIGHTS / "mini-decoder"
+UNET = str(DECODER / "unet")
 IMPORTS = {
     "torch": "import torch",
     "kandinsky": "import kandinsky",
-    "kandinsky, a model built": f"from kandinsky import Kandinsky as K; K.from_pretrained({str(DECODER)!r}).unet",
+    "kandinsky, a model built": f"import kandinsky; kandinsky.UNet.from_pretrained({UNET!r})",
     "diffusers": "from diffusers import KandinskyV22CombinedPipeline",
 }
 PROMPT = "a red circle above a small blue square on a yellow background"
