@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
 from kandinsky.checkpoint import open_safetensors, write_safetensors
-from kandinsky.datasets import shuffled
+from kandinsky.datasets import Dataset, shuffled
 from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP, MultilingualTokenizer, PromptTokenizer
 
 Encode = Callable[[Any], dict[str, Tensor]]  # samples -> tensors of as many rows
@@ -61,16 +62,24 @@ class Cache:
 
 @torch.no_grad()
 def build_cache(
-    data: Any, count: int, path: Path, encode: Encode, batch_size: int = 64, progress: bool = True
+    data: Dataset,
+    count: int,
+    path: Path,
+    encode: Encode,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = True,
 ) -> Cache:
-    """Encodes the first `count` samples and writes the file; an existing one is read instead."""
+    """Encodes the first `count` samples and writes the file; an existing one is read instead.
+    workers: processes that make the samples; 0: this one does."""
     if path.exists():
         return Cache.read(path)
     from tqdm import tqdm
 
     parts: dict[str, list[Tensor]] = {}
-    for start in tqdm(range(0, count, batch_size), "encoding", disable=not progress):
-        samples = data.load(list(range(start, min(start + batch_size, count))))
+    indices = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
+    loader = DataLoader(indices, batch_size=None, collate_fn=data.load, num_workers=workers)
+    for samples in tqdm(loader, "encoding", disable=not progress):
         for name, tensor in encode(samples).items():
             parts.setdefault(name, []).append(tensor.cpu())
     tensors = {name: p[0] if name.startswith("empty_") else torch.cat(p) for name, p in parts.items()}

@@ -36,6 +36,15 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda …; under torchrun each process its own")
 
 
+def add_cache_flags(parser: ArgumentParser) -> None:
+    """How a data set is encoded, before training begins."""
+    parser.add_argument(
+        "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
+    )
+    parser.add_argument("--encode-batch", type=int, default=64, help="pictures to encode at once")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read or draw what is encoded")
+
+
 def add_lora_flag(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--lora",

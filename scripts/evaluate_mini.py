@@ -126,7 +126,7 @@ def grid_of(pictures: list) -> Image.Image:
 
 def evaluate_text(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
     """The figures, and pictures for a grid."""
-    image_encoder = load_image_encoder(args.clip or pipe.need_prior())
+    image_encoder = load_image_encoder(args.clip or pipe.need_prior()).to(pipe.device)
     sets = {
         "seen": (Shapes(SEED, size), args.seen),
         "held out": (Shapes(SEED, size, "held_out"), args.held_out),
@@ -140,7 +140,7 @@ def evaluate_text(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
         if args.true:
             first = data.load(list(range(min(count, args.true))))
             with torch.no_grad():
-                embeds = image_encoder(clip_normalize(first.pixels, size))
+                embeds = image_encoder(clip_normalize(first.pixels.to(pipe.device), size))
             drawn = draw(from_embeds(pipe), len(embeds), args, image_embeds=embeds)
             results[f"{name}, from true embeddings"] = score(drawn, first)
     results["parts"] = measure_parts(pipe, image_encoder, Shapes(SEED, size).load(list(range(args.pictures))))

@@ -56,9 +56,10 @@ def parse_args(argv=None):
         "known pixels nothing to say",
     )
     parser.add_argument(
-        "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
+        "--prior-share", type=cli.share, default=1.0, help="of the pictures, for which --prior draws"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written U-Net")
+    training_cli.add_cache_flags(parser)
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
@@ -99,7 +100,8 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
         if samples.hints is not None:
             out["hint"] = samples.hints
         if drawn is not None:
-            out["image_embeds"] = drawn(samples.captions)
+            captions = samples.captions[: round(args.prior_share * len(samples.captions))]
+            out["image_embeds"][: len(captions)] = drawn(captions)
         if texts is not None:
             out |= texts(samples.captions)
         return {name: tensor.half() for name, tensor in out.items()}
@@ -112,7 +114,7 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
     rounds = HOLES if args.task == "inpaint" else 1
     number = args.count if args.data is None else rounds * len(data)
     path = args.out / "training" / "latents.safetensors"
-    cache = build_cache(data, number, path, encode)
+    cache = build_cache(data, number, path, encode, args.encode_batch, args.workers)
     needed = {"inpaint": "known", "hint": "hint"}.get(args.task)
     if needed is not None and needed not in cache.keys():
         raise ValueError(f"{path} is of another task: it has no {needed}; choose another --out, or delete it")
@@ -163,7 +165,7 @@ def make_objective(args) -> DecoderObjective:
     if args.task == "text2img" and not unet.config.text:
         samples = next(iter(training_cli.fresh_data_of(args).values())).load(list(range(48)))
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
-        painter = Painter(movq, samples, image_encoder(pixels))
+        painter = Painter(movq, samples, image_encoder(pixels.to(device)))
     return DecoderObjective(
         unet,
         DDPMScheduler(clip_sample=args.task != "inpaint" and not unet.config.text),

@@ -4,7 +4,6 @@
 """
 
 import sys
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from kandinsky import Prior, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import PriorConfig
-from kandinsky.diffusion_training import PriorObjective
+from kandinsky.diffusion_training import PriorObjective, deepen
 from kandinsky.embedding_cache import build_cache, encode_texts
 from kandinsky.encoders import CLIPTextEncoder, PromptTokenizer
 from kandinsky.prior import Block
@@ -29,10 +28,10 @@ def parse_args(argv=None):
     parser.add_argument("--heads", type=int, default=6, help="attention heads")
     parser.add_argument("--head-dim", type=int, default=32, help="width of a head")
     parser.add_argument("--layers", type=int, default=4, help="transformer layers")
-    parser.add_argument(
-        "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
-    )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written prior")
+    parser.add_argument(
+        "--add-layers", type=int, default=0, help="to --init's prior, behind its own; they start as identity"
+    )
     parser.add_argument(
         "--noises", type=int, default=4, help="for each caption, at timesteps spread over the schedule"
     )
@@ -43,20 +42,14 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--own-steps",
-        type=share,
+        type=cli.share,
         default=0.0,
         help="share of the samples that a guided step of the prior's own leads to, as when it draws",
     )
+    training_cli.add_cache_flags(parser)
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text} is no share; allowed is 0 to 1")
-    return value
 
 
 @torch.no_grad()
@@ -80,7 +73,8 @@ def encode_data(args) -> list:
     caches = []
     for name, (samples, count) in sets.items():
         count = min(count, len(samples)) if args.data is not None else count
-        caches.append(build_cache(samples, count, folder / f"embeddings-{name}.safetensors", encode))
+        path = folder / f"embeddings-{name}.safetensors"
+        caches.append(build_cache(samples, count, path, encode, args.encode_batch, args.workers))
     return caches
 
 
@@ -88,6 +82,10 @@ def encode_data(args) -> list:
 def main(argv=None) -> int:
     args = parse_args(argv)
     training_cli.check_lora_flag(args)
+    if args.add_layers < 0:
+        raise ValueError(f"--add-layers is {args.add_layers}; allowed is 0 and more")
+    if args.add_layers and (args.init is None or args.lora is not None):
+        raise ValueError("--add-layers adds to --init's prior, and goes without --lora")
     if args.lora is not None and args.train_text:
         raise ValueError("--lora leaves the networks as they are; --train-text goes without it")
     if args.lora is None:
@@ -95,6 +93,7 @@ def main(argv=None) -> int:
     cache, fresh = encode_data(args)
     if args.init is not None:
         prior = Prior.from_pretrained(args.init / "prior", dtype=training_cli.lora_dtype(args))
+        prior = deepen(prior, args.add_layers, args.seed) if args.add_layers else prior
     else:
         dim = cache["image_embeds"].shape[1]
         prior = initialize(Prior(PriorConfig(args.heads, args.head_dim, args.layers, dim)), args.seed)

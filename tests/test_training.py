@@ -24,8 +24,15 @@ from kandinsky import MoVQ, Prior, UNet, diffusion_training, images, shapes
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
-from kandinsky.diffusion_training import DecoderObjective, PriorObjective, decoder_loss, prior_loss, widen
-from kandinsky.embedding_cache import Cache
+from kandinsky.diffusion_training import (
+    DecoderObjective,
+    PriorObjective,
+    decoder_loss,
+    deepen,
+    prior_loss,
+    widen,
+)
+from kandinsky.embedding_cache import Cache, build_cache
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import to_pil
 from kandinsky.judge import see
@@ -340,6 +347,31 @@ def test_packed_captions_come_back_padded_and_in_a_new_order_each_round():
         start, end = ends[source] - int(cache["text_lengths"][source]), ends[source]
         assert torch.equal(rows["text_states"][row][rows["text_mask"][row]], cache["text_states"][start:end])
         assert torch.equal(rows["image_embeds"][row], cache["image_embeds"][source])
+
+
+def test_samples_made_by_other_processes_in_other_batches_are_encoded_alike(tmp_path):
+    encode = lambda samples: {"image_embeds": samples.pixels.mean(dim=(2, 3))}  # noqa: E731
+    ways = [{"workers": 0}, {"workers": 2, "batch_size": 3}]
+    caches = [
+        build_cache(Shapes(3, 16), 8, tmp_path / str(i), encode, progress=False, **way)["image_embeds"]
+        for i, way in enumerate(ways)
+    ]
+    assert torch.equal(*caches) and len(caches[0].unique(dim=0)) == 8
+
+
+def test_a_deepened_prior_starts_as_the_one_it_came_from():
+    prior = ours(Prior, reference_prior())
+    deeper = deepen(prior, 2, seed=1)
+    assert len(deeper.transformer_blocks) == len(prior.transformer_blocks) + 2
+    text = randn(2, EMBEDDING_DIM), randn(2, 5, EMBEDDING_DIM, seed=1), torch.ones(2, 5, dtype=torch.bool)
+    with torch.no_grad():
+        given = randn(2, EMBEDDING_DIM, seed=2), torch.tensor([5, 800]), *text
+        torch.testing.assert_close(deeper(*given), prior(*given))
+    deeper(*given).sum().backward()
+    for block in deeper.transformer_blocks[-2:]:
+        assert (
+            block.ff.net[2].weight.grad.abs().sum() > 0 and block.attn1.to_out[0].weight.grad.abs().sum() > 0
+        )
 
 
 @pytest.mark.parametrize("entrance", [(9, False), (8, True)])

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from train_decoder import known_latents
 
-from kandinsky import Kandinsky, MoVQ, UNet, datasets, random_weights
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, datasets, random_weights
 from kandinsky.cli import WEIGHTS
 from kandinsky.datasets import Folder, Shapes, with_holes
 from kandinsky.embedding_cache import Cache
@@ -179,6 +179,11 @@ def test_a_decoder_is_trained_on_what_the_prior_draws(trained, tmp_path, capsys)
     pipe = Kandinsky.from_pretrained(trained / "mini-decoder", trained / "mini-prior")
     drawn = pipe.embed(captions, seed=list(range(5, 13))).image_embeds
     assert relative_l2(kept[:8].float(), drawn) <= 1e-3, "half precision"
+    half = ["--prior-share", "0.5", "--encode-batch", "8"]
+    assert run("train_decoder", "--out", tmp_path / "half", *start, *prior, *places[:4], *half, *data) == 0
+    mixed = load_file(tmp_path / "half" / "training" / "latents.safetensors")["image_embeds"].float()
+    assert len(mixed) == 8 and relative_l2(mixed[:4], drawn[:4]) <= 1e-3
+    assert (mixed[4:] - drawn[4:]).norm(dim=1).min() > 0.01, "the pictures' own"
     assert run("train_decoder", "--out", tmp_path / "no", *prior, *places[:4], *data) == 2
     assert "--prior needs --init" in capsys.readouterr().err
 
@@ -223,6 +228,20 @@ def test_a_text_tower_is_trained_with_its_prior(trained, tmp_path, capsys):
     assert torch.equal(kept.text_projection.weight, weights[0])
     assert run("train_prior", "--out", tmp_path / "no", *places, *flags, "--lora", "2") == 2
     assert "--train-text goes without it" in capsys.readouterr().err
+
+
+def test_layers_are_added_to_a_prior(trained, tmp_path, capsys):
+    flags = ["--data", trained / "pictures", "--size", "16", *SHORT, "--clip", trained / "clip"]
+    more = ["--init", trained / "mini-prior", "--add-layers", "2"]
+    assert run("train_prior", "--out", tmp_path / "out", *flags, *more) == 0
+    assert len(Prior.from_pretrained(tmp_path / "out" / "prior").transformer_blocks) == 3
+    for wrong, message in (
+        (["--add-layers", "1"], "--add-layers adds to --init's prior, and goes without --lora"),
+        ([*more, "--lora", "2"], "--add-layers adds to --init's prior, and goes without --lora"),
+        ([*more[:3], "-1"], "--add-layers is -1; allowed is 0 and more"),
+    ):
+        assert run("train_prior", "--out", tmp_path / "no", *flags, *wrong) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_a_lora_needs_a_network_to_change(trained, tmp_path, capsys):
