@@ -6,6 +6,7 @@ PyTorch's own group norm brings an NHWC map into NCHW order first, and scale, sh
 write it again. What is computed is the same; statistics and sums are float32 in every dtype.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 
@@ -45,6 +46,19 @@ def compiled() -> Callable:
     """One kernel for all sizes of maps; the first call of a process takes seconds."""
     allow_recompiling(64)  # with modulation and without, in three dtypes …
     return torch.compile(norm_silu, dynamic=True)
+
+
+@cache
+def can_compile() -> bool:
+    """Whether PyTorch's compiler works on this machine's GPU: it needs Triton and a C compiler."""
+    try:
+        x, weight = torch.zeros(2, 32, 8, 8, device="cuda"), torch.zeros(32, device="cuda")
+        compiled()(x.to(memory_format=torch.channels_last), weight, weight, 8, 1e-5)
+    except Exception as error:  # of many kinds, and none is worth a picture
+        reason = " ".join(str(error).split())[:120]
+        warnings.warn(f"norms are not fused: PyTorch's compiler does not work here ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 def allow_recompiling(times: int) -> None:

@@ -1,9 +1,10 @@
-"""The U-Net's step as one CUDA graph: its thousand kernels are launched by one call.
+"""The U-Net's step, and the prior's, as one CUDA graph: its many kernels are launched by one call.
 
 A graph repeats the same kernels on the same memory. So all that changes between steps (the sample, scale and
-shift of the blocks; with a new plan the keys and values and the hint's features too) is copied into buffers
-that stay where they are. It is captured anew when a size changes, a weight lies elsewhere than before, or
-`kandinsky.unet.attention` is another function. Other patches inside the blocks it does not notice.
+shift of the U-Net's blocks, the prior's timestep; with a new plan or prompt the keys and values and the
+hint's features too) is copied into buffers that stay where they are. It is captured anew when a size changes,
+a weight lies elsewhere than before, or `attention` is another function in `kandinsky.unet` or `.prior`. Other
+patches inside the blocks it does not notice.
 """
 
 import weakref
@@ -13,13 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kandinsky import unet as networks
+from kandinsky import prior as priors
+from kandinsky import unet as unets
+from kandinsky.prior import Prior, PriorCache
 from kandinsky.unet import Conditioning, Plan, UNet
 
 WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
 
 
-class GraphedUNet(UNet):
+class _Graphed(nn.Module):
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self.graph = None
+        return super()._apply(fn, recurse)
+
+
+class GraphedUNet(_Graphed, UNet):
     """A U-Net on a CUDA device whose `step` replays a graph, but where there are hooks or gradients."""
 
     def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
@@ -31,18 +40,27 @@ class GraphedUNet(UNet):
             self.graph = graph = StepGraph(self, x, given, plan)
         return graph.replay(x, given, plan)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self.graph = None
-        return super()._apply(fn, recurse)
+
+class GraphedPrior(_Graphed, Prior):
+    """A prior, likewise."""
+
+    def step(self, x: Tensor, t: Tensor, cache: PriorCache) -> Tensor:
+        if not can_replay(self, x):
+            return super().step(x, t, cache)
+        graph = vars(self).get("graph")
+        if graph is None or not graph.fits(self, x, cache):
+            self.graph = graph = None
+            self.graph = graph = PriorGraph(self, x, t, cache)
+        return graph.replay(x, t, cache)
 
 
-def can_replay(unet: UNet, x: Tensor) -> bool:
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+def can_replay(network: nn.Module, x: Tensor) -> bool:
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
     return x.is_cuda and not torch.is_grad_enabled() and not hooked
 
 
 class StepGraph:
-    """One captured step, and the buffers that it reads."""
+    """A captured step of the U-Net, and the buffers that it reads."""
 
     @torch.inference_mode(False)  # the buffers are written to in later calls, whatever mode these run in
     @torch.no_grad()
@@ -73,9 +91,40 @@ class StepGraph:
         return self.out.clone()
 
 
-def what_computes(unet: UNet) -> list[Any]:
+class PriorGraph:
+    """A captured step of the prior, and the buffers that it reads."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, prior: Prior, x: Tensor, t: Tensor, cache: PriorCache):
+        self.x, self.t, self.computes = x.clone(), t.clone(), what_computes(prior)
+        self.known = PriorCache([(k.clone(), v.clone()) for k, v in cache.keys_values], cache.mask.clone())
+        self.mask = weakref.ref(cache.mask)  # which prompt's cache was copied last
+        self.run, self.out = capture(lambda: Prior.step(prior, self.x, self.t, self.known))
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the network captures its own."""
+
+    def fits(self, prior: Prior, x: Tensor, cache: PriorCache) -> bool:
+        known = cache.mask.shape == self.known.mask.shape and x.shape == self.x.shape
+        return known and what_computes(prior) == self.computes
+
+    def replay(self, x: Tensor, t: Tensor, cache: PriorCache) -> Tensor:
+        self.t.copy_(t)
+        self.x.copy_(x)
+        if cache.mask is not self.mask():
+            self.known.mask.copy_(cache.mask)
+            into, out_of = (sum(map(list, c.keys_values), []) for c in (self.known, cache))
+            torch._foreach_copy_(into, out_of)
+            self.mask = weakref.ref(cache.mask)
+        self.run()
+        return self.out.clone()
+
+
+def what_computes(network: nn.Module) -> list[Any]:
     """The attention, and where each weight lies."""
-    return [networks.attention, *(parameter.data_ptr() for parameter in unet.parameters())]
+    pointers = (parameter.data_ptr() for parameter in network.parameters())
+    return [unets.attention, priors.attention, *pointers]
 
 
 def shapes(given: Conditioning) -> list[tuple[torch.Size, torch.Size]]:

@@ -23,9 +23,11 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     fused norms         group norm, scale, shift and SiLU as one compiled function (`kandinsky.fused`; CUDA)
     compiled blocks     each block under `torch.compile`; the first call waits for the compiler
     cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA)
+    prior graph         the prior's step likewise; only when named: no GPU has run it yet
 
-The three for CUDA are done only when named: they were tested without a GPU. So is compiling, for its wait;
-`compile=True` names it, without the two that it does not go with, packed weights and Winograd.
+Each is done to networks on its device. Compiled blocks are asked for by name or with `compile=True`, for the
+compiler's wait; packed weights and Winograd do not go with them, and what the three for CUDA do the compiler
+does itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -178,6 +180,7 @@ class ChunkedDecoderAttention(ChunkedAttention, movq.DecoderAttentionBlock):
 
 FASTER = {
     unet.UNet: graphs.GraphedUNet,
+    prior.Prior: graphs.GraphedPrior,
     movq.SpatialNorm: LowSpatialNorm,
     movq.ResnetBlock: bands.BandedResnetBlock,
     movq.Decoder: bands.BandedDecoder,
@@ -226,13 +229,19 @@ def use_graph(network: nn.Module) -> int:
     return _swap(network, {unet.UNet}, on="cuda")
 
 
+def use_prior_graph(network: nn.Module) -> int:
+    return _swap(network, {prior.Prior}, on="cuda")
+
+
 def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
     """The convolutions' weights; maps follow them."""
     merged = merged_convs(network)
     found = [c for c in network.modules() if isinstance(c, nn.Conv2d) and c not in merged]
     found = [c for c in found if c.weight.device.type == on]
     for layer in found:
-        layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
+        reordered = layer.weight.data.to(memory_format=torch.channels_last)
+        layer.was_contiguous = reordered.stride() != layer.weight.stride()
+        layer.weight.data = reordered
     for block in network.modules():
         if isinstance(block, _Merged) and block.merged.weight is not None:
             block.merged.weight = block.merged.weight.to(memory_format=torch.channels_last)
@@ -240,6 +249,8 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
 
 
 def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
+    if on == "cuda" and not (network.device.type == on and fused.can_compile()):
+        return 0
     return _swap(network, set(FUSED), on, FUSED)
 
 
@@ -304,17 +315,19 @@ REWRITES: dict[str, Rewrite] = {
     "fused norms": fuse_norms,
     "compiled blocks": compile_blocks,
     "cuda graph": use_graph,
+    "prior graph": use_prior_graph,
 }
 
-UNTRIED = ("channels last", "fused norms", "cuda graph")  # no GPU ran them yet
+FOR_CUDA = ("channels last", "fused norms", "cuda graph")
+UNTRIED = ("prior graph",)
 UNCOMPILED = ("packed weights", "winograd")  # PyTorch's compiler does not see into oneDNN's order
-USUAL = tuple(name for name in REWRITES if name not in (*UNTRIED, "compiled blocks"))
+USUAL = tuple(name for name in REWRITES if name not in ("compiled blocks", *UNTRIED))
 
 
 def named(rewrites: tuple[str, ...] | None, compile: bool) -> tuple[str, ...]:
     """What is meant by `optimize`'s arguments."""
     if rewrites is None:
-        rewrites = tuple(name for name in USUAL if not (compile and name in UNCOMPILED))
+        rewrites = tuple(name for name in USUAL if not (compile and name in (*UNCOMPILED, *FOR_CUDA)))
     _check(rewrites)
     rewrites = (*rewrites, "compiled blocks") if compile else tuple(rewrites)
     _check(rewrites)
@@ -369,7 +382,7 @@ def restore(network: nn.Module) -> None:
             for made in ("merged", "graph"):
                 vars(layer).pop(made, None)
             layer.__class__ = PLAIN[type(layer)]
-        if "channels last" in rewrites and isinstance(layer, nn.Conv2d):
+        if vars(layer).pop("was_contiguous", False):
             layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
         if "compiled blocks" in rewrites and isinstance(layer, BLOCKS):
             layer._compiled_call_impl = None

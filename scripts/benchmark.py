@@ -3,6 +3,7 @@
 import   a fresh process to the end of the import, and of ours until a model is built
 start    a fresh process to a saved picture, and its peak memory, against diffusers on the same folders
 mask     what inpainting makes of a mask, against diffusers' on the same, 1024 px where not given
+pictures whole pictures of loaded pipelines, the first's seconds, and peak memory on a GPU, against diffusers
 parts    text encoder, zero image, prior, U-Net step and MoVQ, at random weights, against diffusers' on them
 ladder   the same networks, plain, with each rewrite of `kandinsky.optimize` alone, and with ever more of them
 cuda     what is worth knowing on a GPU, most important first, until --budget is spent; JSON, a line for each
@@ -11,7 +12,6 @@ cuda     what is worth knowing on a GPU, most important first, until --budget is
 """
 
 import gc
-import importlib.util
 import json
 import os
 import statistics
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from benchmark_networks import (
     each_part,
     in_turn,
     measure_convolutions,
+    measure_kernels,
     measure_ladder,
     measure_part,
     stopwatch,
     whole_picture,
 )
+from benchmark_pictures import PROMPT, by_size, is_installed, measure_pipeline, pipelines
 from torch.nn import functional as F
 
 from kandinsky import Kandinsky, arguments, cli, random_weights
@@ -47,7 +50,6 @@ IMPORTS = {
     "kandinsky, a model built": f"import kandinsky; kandinsky.UNet.from_pretrained({UNET!r})",
     "diffusers": "from diffusers import KandinskyV22CombinedPipeline",
 }
-PROMPT = "a red circle above a small blue square on a yellow background"
 THEIR_SCRIPT = """
 import sys, torch
 from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
@@ -64,7 +66,7 @@ decoder(embeds, negative, generator=generator, **size).images[0].save(out)
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    kinds = ("import", "start", "mask", "parts", "ladder", "cuda")
+    kinds = ("import", "start", "mask", "pictures", "parts", "ladder", "cuda")
     parser.add_argument("what", choices=kinds, help="see above")
     parser.add_argument(
         "--runs", type=int, help="of each, after one that is not counted; default: 9, of networks 5"
@@ -79,18 +81,21 @@ def parse_args(argv=None):
         "--pixels", type=int, nargs="+", help="sides of pictures; default: the checkpoint's, of networks 512"
     )
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--steps", type=int, default=50, help="of the decoder, for start")
-    parser.add_argument("--prior-steps", type=int, default=25, help="for start")
-    parser.add_argument("--weights", type=Path, default=DECODER, help="decoder folder, for start")
+    parser.add_argument("--steps", type=int, default=50, help="of the decoder, for start and pictures")
+    parser.add_argument("--prior-steps", type=int, default=25, help="for start and pictures")
+    parser.add_argument(
+        "--weights", type=Path, default=DECODER, help="decoder folder, for start, pictures and cuda"
+    )
+    parser.add_argument("--num-images", type=int, nargs="+", default=[1], help="at once, for pictures")
     parser.add_argument("--device", default="cpu", help="of the networks")
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile, for parts")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile, of networks")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
     of_networks = args.what in ("parts", "ladder")
     if args.runs is None:
         args.runs = 2 if args.quick else 9 if args.what in ("import", "start", "mask") else 5
-    if args.compile and args.what != "parts":
-        parser.error("--compile goes with parts")
+    if args.compile and args.what not in ("parts", "pictures"):
+        parser.error("--compile goes with parts and pictures")
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
     if args.pixels is None and of_networks:
@@ -123,10 +128,6 @@ def process(*command: str) -> Callable[[], tuple[float, float]]:
     return once
 
 
-def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
 def measure_processes(runs: int, commands: dict[str, list[str]]) -> dict[str, dict[str, list[float]]]:
     measured = in_turn(runs, {name: process(*command) for name, command in commands.items()})
     named = {"seconds": 0, "gib": 1}
@@ -138,9 +139,15 @@ def measure_imports(args) -> dict[str, dict[str, list[float]]]:
     return measure_processes(args.runs, {name: [sys.executable, "-c", IMPORTS[name]] for name in names})
 
 
+def own_side(args) -> int:
+    """In pixels, of the checkpoint's pictures."""
+    pipe = Kandinsky.from_pretrained(args.weights)
+    return pipe.unet_config.sample_size * pipe.movq_config.downscale
+
+
 def measure_start(args) -> dict[str, dict[str, list[float]]]:
     pipe = Kandinsky.from_pretrained(args.weights)
-    pixels = str(args.pixels[0] if args.pixels else pipe.unet_config.sample_size * pipe.movq_config.downscale)
+    pixels = str(args.pixels[0] if args.pixels else own_side(args))
     steps, dtype = [str(args.steps), str(args.prior_steps)], args.dtype
     with tempfile.TemporaryDirectory() as folder:
         ours = [sys.executable, str(Path(__file__).parent / "text2img.py"), PROMPT, "--seed", "0"]
@@ -192,25 +199,38 @@ def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     yield "machine", {"device": where, "torch": torch.__version__}
     half, args.dtype = "bfloat16", "bfloat16" if args.device.type == "cuda" else args.dtype
-    yield from measure_convolutions(args)
     networks = ["unet", "prior", "movq", "text_encoder"]
-    plan = [  # dtype, networks, side, compiled too
-        (half, networks, 512, True),
+    yield from measure_cuda_parts(args, [(half, networks, 512, False)])
+    for name in ("unet", "movq", "prior"):
+        yield f"kernels of {name}", attempt(measure_kernels, args, name)
+    if args.weights != DECODER:
+        vars(args).update(dtype=half, compile=True)
+        sizes = [(512, 1), (1024, 1), (512, 8)]
+        for name in pipelines(args):
+            yield f"pictures, {name}", attempt(partial(measure_pipeline, sizes=sizes), args, name)
+    vars(args).update(dtype=half, side=512)
+    yield "ladder of unet", attempt(measure_ladder, args, "unet")
+    plan = [
+        (half, ["unet", "movq"], 1024, False),
         ("float32", networks, 512, False),
         ("float16", networks, 512, False),
-        (half, ["unet", "movq"], 1024, True),
+        (half, ["unet"], 512, True),
         (half, ["zero_image"], 512, False),
     ]
+    yield from measure_cuda_parts(args, plan)
+    yield from measure_convolutions(args)
+
+
+def measure_cuda_parts(args, plan: list[tuple[str, list[str], int, bool]]) -> Iterator[tuple[str, Any]]:
+    """plan: dtype, networks, side of the picture, whether compiled too"""
     for dtype, names, side, compiled in plan:
         vars(args).update(dtype=dtype, side=side, compile=compiled)
         parts = {}
         for name in names:
             parts[name] = attempt(measure_part, args, name)
             yield f"{name}, {dtype}, {side} px", parts[name]
-        if all("error" not in result for result in parts.values()) and names == networks:
+        if all("error" not in result for result in parts.values()) and len(names) > 2:
             yield f"whole picture, {dtype}, {side} px", {"seconds": whole_picture(parts)}
-    vars(args).update(dtype=half, side=512)
-    yield "ladder of unet", attempt(measure_ladder, args, "unet")
 
 
 def attempt(measure: Callable, args: Any, name: str) -> dict[str, Any]:
@@ -254,6 +274,14 @@ def main(argv=None) -> int:
                 report_part(name, result, args)
         if args.what == "parts" and set(args.parts) == set(PARTS) and len(args.pixels) == 1:
             results["whole picture"] = {"seconds": whole_picture(results)}
+    elif args.what == "pictures":
+        sides = args.pixels or [own_side(args)]
+        sizes = [(side, count) for count in args.num_images for side in sides]
+        results = {name: measure_pipeline(args, name, sizes) for name in pipelines(args)}
+        base = "diffusers" if "diffusers" in results else "kandinsky"
+        if not args.json:
+            for size, seconds in by_size(results).items():
+                print("\n".join([f"\n{size}", *table(seconds, base)]))
     else:
         base = "torch" if args.what == "import" else "diffusers"
         results = MEASURE[args.what](args)

@@ -118,6 +118,7 @@ PARTS = {
     "movq": (MoVQ, movq_runs),
 }
 FIELDS = {"zero_image": "image_encoder"}  # of `random_weights.Size`, where they have another name
+KERNELS = 20  # that are listed
 SIZED = ("unet", "movq")
 
 
@@ -170,7 +171,7 @@ def optimized(args, model: nn.Module) -> dict[str, nn.Module]:
     if args.compile:
         ways["ours, compiled"] = {"compile": True}
     if args.device.type == "cuda":
-        ways["ours, for CUDA"] = {"rewrites": (*USUAL, *UNTRIED)}
+        ways["ours, with the untried"] = {"rewrites": (*USUAL, *UNTRIED)}
     copies = {key: twin(model) for key in ways}
     for key, way in ways.items():
         optimize(copies[key], **way)
@@ -207,7 +208,7 @@ def measure_ladder(args, name: str) -> Result:
 
 def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Each rewrite that changes this network, alone, then all up to it. Winograd is of packed layers."""
-    changed = [rewrite for rewrite, count in optimize(model, (*USUAL, *UNTRIED)).items() if count]
+    changed = [rewrite for rewrite, count in optimize(model).items() if count]
     restore(model)
     needed = {"winograd": ("packed weights", "winograd")}
     alone = {rewrite: needed.get(rewrite, (rewrite,)) for rewrite in changed}
@@ -215,13 +216,39 @@ def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {"plain": ()} | alone | sums
 
 
+@torch.no_grad()
+def measure_kernels(args, name: str) -> Result:
+    """The kernels that most of one call of ours, optimized, goes to: milliseconds of each."""
+    model, (ours, _, _) = random_part(args, name)
+    model = model.to(getattr(torch, args.dtype))
+    optimize(model)
+    ours(model), ours(model)
+    with torch.profiler.profile() as profile:
+        ours(model)
+        roofline.synchronize(args.device)
+    on_gpu = args.device.type == "cuda"
+    spent = {
+        e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in profile.key_averages()
+    }
+    most = sorted(spent.items(), key=lambda item: -item[1])[:KERNELS]
+    return {"kernels": {kernel[:100]: round(time / 1e3, 3) for kernel, time in most}}
+
+
 def random_part(args, name: str) -> tuple[nn.Module, Runs]:
     network, make_runs = PARTS[name]
     config = getattr(random_weights.SIZES[args.size], FIELDS.get(name, name))
     with torch.device("meta"):
         model = network(config)
-    model = random_weights.randomize(model.to_empty(device="cpu")).to(args.device)
-    return model, make_runs(args, config)
+    return randomize(model.to_empty(device=args.device)), make_runs(args, config)
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """As `random_weights.randomize`, but drawn where the network lies: a GPU takes no time for it."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        mean, std = random_weights.scale(name, tuple(tensor.shape))
+        tensor.normal_(mean, std, generator=generator)
+    return model.eval()
 
 
 def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[[], float]:

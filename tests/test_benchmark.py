@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kandinsky.cli import WEIGHTS
 from tests.test_scripts import load, run
 
 
@@ -73,13 +74,19 @@ def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, 
     monkeypatch.setattr(
         module, "measure_part", lambda args, name: {"seconds": {"ours": [1.0]}, "prepare": {}, "of": [name]}
     )
-    monkeypatch.setattr(module, "measure_ladder", lambda args, name: {"seconds": {}, "of": [name]})
-    assert module.main(["cuda", "--size", "small"]) == 0
+    for measured in ("ladder", "kernels", "pipeline"):
+        monkeypatch.setattr(module, f"measure_{measured}", lambda *args, **given: {"of": [args[-1]]})
+    args = ["cuda", "--size", "small", "--weights", str(WEIGHTS / "mini-decoder-inpaint")]
+    assert module.main(args) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = [name for line in lines for name in line]
-    assert "torch" in lines[0]["machine"] and lines[1]["convolution 32 at 64"]["channels_last"] > 0
+    assert "torch" in lines[0]["machine"] and max(lines[-1]["convolution 64 at 32"].values()) > 0
     assert names.index("unet, bfloat16, 512 px") < names.index("unet, float32, 512 px") < len(names) - 1
-    assert "whole picture, bfloat16, 512 px" in names and names[-1] == "ladder of unet"
+    assert {"whole picture, bfloat16, 512 px", "ladder of unet", "kernels of movq"} < set(names)
+    assert [name for name in names if name.startswith("pictures")][:2] == [
+        "pictures, diffusers",
+        "pictures, kandinsky",
+    ]
     assert module.main(["cuda", "--size", "small", "--budget", "0"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     monkeypatch.setattr(module, "measure_part", lambda args, name: 1 / 0)
@@ -87,8 +94,41 @@ def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, 
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     failed = {name: result["error"] for line in lines for name, result in line.items() if "error" in result}
     assert failed["unet, bfloat16, 512 px"] == "ZeroDivisionError: division by zero" and len(failed) > 10
-    assert list(lines[-1]) == ["ladder of unet"] and "whole" not in str(lines)
+    assert "whole" not in str(lines) and "pictures" not in str(lines), (
+        "of the embedded checkpoint none are asked"
+    )
     assert run("benchmark", "cuda", "--quick") == 2
+
+
+def test_the_kernels_that_a_network_spends_its_time_in(capsys):
+    module, args = load("benchmark"), ["parts", "--size", "small", "--pixels", "32"]
+    given = module.parse_args(args)
+    given.side = 32
+    kernels = load("benchmark_networks").measure_kernels(given, "unet")["kernels"]
+    assert list(kernels.values()) == sorted(kernels.values(), reverse=True) and len(kernels) == 20
+    assert any("convolution" in name for name in kernels)
+
+
+def test_whole_pictures_are_timed_by_size(capsys, monkeypatch):
+    args = ["pictures", "--runs", "1", "--steps", "2", "--prior-steps", "2", "--pixels", "32"]
+    assert run("benchmark", *args, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert list(results) == ["diffusers", "kandinsky", "kandinsky, optimized", "kandinsky, --low-memory"]
+    assert results["kandinsky"]["first"] > 0 and len(results["kandinsky"]["seconds"]["1 of 32 px"]) == 1
+    module = load("benchmark")
+    monkeypatch.setattr(
+        module,
+        "measure_pipeline",
+        lambda args, name, sizes: {
+            "first": 2.0,
+            "seconds": {f"{n} of {side} px": [1.0] for side, n in sizes},
+        },
+    )
+    assert module.main([*args, "48", "--num-images", "1", "2"]) == 0
+    tables = [table.splitlines() for table in capsys.readouterr().out.strip().split("\n\n")]
+    sizes = ["1 of 32 px", "1 of 48 px", "2 of 32 px", "2 of 48 px"]
+    assert [table[0] for table in tables] == ["first picture", *sizes]
+    assert all([line.split("  ")[0] for line in table[1:]] == list(results) for table in tables)
 
 
 def test_the_benchmark_measures_each_rewrite_alone_and_in_sum(capsys):

@@ -84,7 +84,6 @@ def test_networks_in_nhwc_with_fused_norms_give_the_same_and_come_back(device, m
         assert relative_l2(output(network), plain) <= 1e-5
         assert sum(strides) > 0.9 * len(strides)  # the order holds through the network
         assert relative_l2(output(copy.deepcopy(network)), plain) <= 1e-5 and is_optimized(network)
-        network.rewrites = ("channels last", "fused norms")
         restore(network)
         assert not is_optimized(network) and torch.equal(output(network), plain)
         assert all(

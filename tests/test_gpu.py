@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kandinsky import Kandinsky, images
+from kandinsky.optimize import UNTRIED, USUAL
 from tests.helpers import relative_l2
 from tests.test_images import picture
 from tests.test_tasks import half_mask
@@ -65,3 +66,33 @@ def test_every_task_gives_the_cpus_result(decoder_folder, inpaint_folder, hint_f
     folders = {"decoder": decoder_folder, "inpaint": inpaint_folder, "hint": hint_folder}
     for ours, cpus in zip(draw_every_task(folders, "cuda"), draw_every_task(folders, "cpu"), strict=True):
         assert ours.device.type == "cuda" and relative_l2(ours.cpu(), cpus) <= 1e-4
+
+
+def test_optimized_pictures_are_the_cpus(decoder_folder):
+    """Another prompt gives the graph another plan; another size, and plain again, take it away."""
+    cpu = Kandinsky.from_pretrained(decoder_folder)
+    pipe = Kandinsky.from_pretrained(decoder_folder, device="cuda")
+    pipe.optimize((*USUAL, *UNTRIED))
+    for prompt, width in (("a red cat", 48), ("a blue cat", 48), ("a red cat", 64)):
+        settings = SETTINGS | {"width": width, "output_type": "pt"}
+        expected, pixels = (p.text2img(prompt, **settings) for p in (cpu, pipe))
+        assert relative_l2(pixels.cpu(), expected) <= 1e-4
+    pipe.restore()
+    pixels = pipe.text2img("a red cat", output_type="pt", **SETTINGS)
+    assert relative_l2(pixels.cpu(), cpu.text2img("a red cat", output_type="pt", **SETTINGS)) <= 1e-4
+
+
+def test_optimized_hints_and_inpainting_are_the_cpus(inpaint_folder, hint_folder):
+    image, quick = picture(48, 32), {"num_inference_steps": 4, "prior_num_inference_steps": 3, "seed": 3}
+    quick |= {"output_type": "latent", "image": image}
+    for folder, task, given in (
+        (hint_folder, "img2img", {"hint": image, "strength": 0.6}),
+        (inpaint_folder, "inpaint", {"mask_image": half_mask()}),
+    ):
+        drawn = []
+        for device in ("cpu", "cuda"):
+            pipe = Kandinsky.from_pretrained(folder, device=device)
+            if device == "cuda":
+                pipe.optimize()
+            drawn.append(getattr(pipe, task)("a red cat", **quick, **given).cpu())
+        assert relative_l2(drawn[1], drawn[0]) <= 1e-4

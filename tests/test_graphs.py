@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from kandinsky import Kandinsky, UNet, graphs, lora
-from kandinsky.graphs import GraphedUNet
-from kandinsky.optimize import USUAL, optimize
+from kandinsky import Kandinsky, Prior, UNet, graphs, lora
+from kandinsky.graphs import GraphedPrior, GraphedUNet
+from kandinsky.optimize import optimize
 from tests import small
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours
@@ -110,6 +110,40 @@ def test_results_are_not_overwritten_by_the_next_step(device):
     assert torch.equal(first, before)
 
 
+@torch.no_grad()
+def test_every_step_of_every_prompt_is_the_plain_priors(device, monkeypatch):
+    plain, graphed = (ours(Prior, small.reference_prior()).to(device) for _ in range(2))
+    graphed.__class__ = GraphedPrior
+
+    def assert_alike(rows: int, length: int, seed: int) -> None:
+        mask = torch.arange(5, device=device)[None] < torch.tensor([[seed % 3], [length]], device=device)
+        text = randn(2, EMBEDDING_DIM, seed=seed), randn(2, 5, EMBEDDING_DIM, seed=seed + 1)
+        index = torch.arange(rows, device=device) % 2
+        caches = [p.prefill(*(x.to(device) for x in text), mask).rows(index) for p in (plain, graphed)]
+        for t in (900, 30):
+            x = randn(rows, EMBEDDING_DIM, seed=seed + t).to(device)
+            given = x, torch.full((rows,), t, device=device)
+            step, again = graphed.step(*given, caches[1]), graphed.step(2 * x, given[1], caches[1])
+            assert relative_l2(step, plain.step(*given, caches[0])) <= 1e-6 and not torch.equal(step, again)
+
+    for seed in (0, 1, 2):
+        assert_alike(2, 5, seed)
+    assert len(graphs.captured) == 1
+    assert_alike(2, 3, 3), assert_alike(4, 3, 3)
+    assert len(graphs.captured) == 3
+    twin = copy.deepcopy(graphed)
+    graphed.proj_in.weight.mul_(2), plain.proj_in.weight.mul_(2)
+    assert_alike(4, 3, 4)
+    assert len(graphs.captured) == 3 and vars(twin)["graph"] is None
+    monkeypatch.setattr(
+        "kandinsky.prior.attention", lambda q, k, v, heads, mask: q + v.mean(dim=1, keepdim=True)
+    )
+    assert_alike(4, 3, 5)
+    assert len(graphs.captured) == 4
+    graphed.double()
+    assert vars(graphed)["graph"] is None
+
+
 def test_hooks_and_gradients_are_served_without_the_graph(device):
     _, graphed = pair(device)
     plan, x, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), randn(1, 4, 8, 8).to(device), []
@@ -159,7 +193,7 @@ def test_a_pipeline_with_graphs_draws_the_plain_ones_picture(decoder_folder):
     settings = {"num_inference_steps": 5, "height": 32, "width": 48, "seed": 3, "output_type": "latent"}
     pipe = Kandinsky.from_pretrained(decoder_folder, device="cuda")
     plain = pipe.text2img("a red cat", **settings)
-    pipe.optimize((*USUAL, "cuda graph"))
+    pipe.optimize()
     assert (
         type(pipe.unet) is GraphedUNet and relative_l2(pipe.text2img("a red cat", **settings), plain) <= 1e-4
     )
@@ -168,6 +202,7 @@ def test_a_pipeline_with_graphs_draws_the_plain_ones_picture(decoder_folder):
 
 
 def test_on_the_cpu_there_is_no_graph():
+    prior = ours(Prior, small.reference_prior())
+    assert optimize(prior, ("prior graph",)) == {"prior graph": 0} and type(prior) is Prior
     unet = ours(UNet, small.reference_unet())
-    assert "cuda graph" not in optimize(ours(UNet, small.reference_unet()))  # it is asked for by name
-    assert optimize(unet, ("cuda graph",)) == {"cuda graph": 0} and type(unet) is UNet
+    assert optimize(unet)["cuda graph"] == 0 and type(unet) is UNet
