@@ -36,14 +36,21 @@ from kandinsky.embedding_cache import Cache, build_cache
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import to_pil
 from kandinsky.judge import see
-from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses
+from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses, spot_loss
 from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
 from kandinsky.vocabulary import END, START, write_tokenizer
 from tests.helpers import randn, relative_l2
-from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_text_encoder, reference_unet
+from tests.small import (
+    EMBEDDING_DIM,
+    ours,
+    reference_movq,
+    reference_prior,
+    reference_text_encoder,
+    reference_unet,
+)
 from tests.training_worker import movq_objective
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -436,6 +443,25 @@ def test_holes_of_shapes_are_mostly_one_objects():
         kept = sum(any(a.color == b.color and a.shape == b.shape for b in now) for a in scene.objects)
         removed += len(now) == len(scene.objects) and kept == len(scene.objects) - 1
     assert removed > 0.6 * 200
+
+
+def test_a_patch_of_another_colour_costs_more_than_edges_of_the_same_error():
+    pixels, spot, edges = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32)
+    spot[0, :, 24:, :8] = 0.5
+    edges[0, :, ::2, :8], edges[0, :, 1::2, :8] = 0.25, -0.25  # as much squared error
+    assert edges.square().sum() == spot.square().sum()
+    torch.testing.assert_close(spot_loss(spot, pixels), torch.tensor(0.25 / 2))  # of one picture in two
+    assert spot_loss(edges, pixels) < 1e-6
+    movq = ours(MoVQ, reference_movq())
+    data = Shapes(0, 32)
+    with torch.no_grad():
+        losses = [
+            MoVQObjective(movq, data, data, spots=weight).loss(
+                {"pixels": data.load([0, 1]).pixels}, Draws("0", slice(None), 2)
+            )
+            for weight in (0.0, 3.0)
+        ]
+    torch.testing.assert_close(losses[1][0] - losses[0][0], 3 * losses[0][1]["spot"])
 
 
 def test_discriminator_and_autoencoder_each_learn_from_their_own_loss():
