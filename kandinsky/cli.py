@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -63,14 +63,6 @@ def _say(line: str) -> None:
 
 def _show_warning(message: Warning | str, *_: object) -> None:
     _say(f"warning: {' '.join(str(message).split())}")
-
-
-def share(text: str) -> float:
-    """A flag's value from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text} is no share; allowed is 0 to 1")
-    return value
 
 
 def add_model_flags(parser: ArgumentParser) -> None:

@@ -38,8 +38,8 @@ from kandinsky.training import Draws, Objective, initialize
 from kandinsky.unet import UNet
 
 DECODER_TEXTS = {"decoder_text_embeds", "decoder_text_states"}  # of a cache: what 2.1's U-Net reads
-# groups of a batch, by length: padding would be half of what the prior reads of captions. On a GPU it costs
-# less than three more launches of every kernel.
+# groups of a batch, by length: padding would be half of what the prior reads of captions. On a GPU
+# padding costs less than three more launches of every kernel, so there is one group.
 LENGTHS = 4
 DROPPED = 0.1  # arXiv:2204.06125 §2.1 and §2.2
 

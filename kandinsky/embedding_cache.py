@@ -1,6 +1,7 @@
 """What the frozen networks make of a data set, computed once and kept in one safetensors file."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from kandinsky.checkpoint import open_safetensors, write_safetensors
-from kandinsky.datasets import Dataset, shuffled
+from kandinsky.datasets import Dataset, Samples, shuffled
 from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP, MultilingualTokenizer, PromptTokenizer
 
 Encode = Callable[[Any], dict[str, Tensor]]  # samples -> tensors of as many rows
@@ -78,13 +79,24 @@ def build_cache(
 
     parts: dict[str, list[Tensor]] = {}
     indices = [list(range(start, min(start + batch_size, count))) for start in range(0, count, batch_size)]
-    loader = DataLoader(indices, batch_size=None, collate_fn=data.load, num_workers=workers)
+    load, generator = partial(_load_or_say_why, data), torch.Generator().manual_seed(0)
+    loader = DataLoader(indices, None, collate_fn=load, num_workers=workers, generator=generator)
     for samples in tqdm(loader, "encoding", disable=not progress):
+        if isinstance(samples, Exception):
+            raise samples
         for name, tensor in encode(samples).items():
             parts.setdefault(name, []).append(tensor.cpu())
     tensors = {name: p[0] if name.startswith("empty_") else torch.cat(p) for name, p in parts.items()}
     write_safetensors(tensors, path)
     return Cache(tensors)
+
+
+def _load_or_say_why(data: Dataset, indices: list[int]) -> Samples | Exception:
+    """An error raised in another process would come back with all of its traceback as the message."""
+    try:
+        return data.load(indices)
+    except Exception as error:
+        return error
 
 
 def encode_texts(

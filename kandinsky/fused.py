@@ -49,11 +49,14 @@ def compiled() -> Callable:
 
 
 @cache
-def can_compile() -> bool:
-    """Whether PyTorch's compiler works on this machine's GPU: it needs Triton and a C compiler."""
+@torch.no_grad()
+def can_compile(device: torch.device) -> bool:
+    """Whether PyTorch's compiler works on this machine: for CUDA it needs Triton and a C compiler."""
     try:
-        x, weight = torch.zeros(2, 32, 8, 8, device="cuda"), torch.zeros(32, device="cuda")
+        x, weight = torch.zeros(2, 32, 8, 8, device=device), torch.zeros(32, device=device)
         compiled()(x.to(memory_format=torch.channels_last), weight, weight, 8, 1e-5)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of many kinds, and none is worth a picture
         reason = " ".join(str(error).split())[:120]
         warnings.warn(f"norms are not fused: PyTorch's compiler does not work here ({reason})", stacklevel=2)

@@ -48,7 +48,7 @@ class GraphedPrior(_Graphed, Prior):
         if not can_replay(self, x):
             return super().step(x, t, cache)
         graph = vars(self).get("graph")
-        if graph is None or not graph.fits(self, x, cache):
+        if graph is None or not graph.fits(self, x, t, cache):
             self.graph = graph = None
             self.graph = graph = PriorGraph(self, x, t, cache)
         return graph.replay(x, t, cache)
@@ -99,24 +99,25 @@ class PriorGraph:
     def __init__(self, prior: Prior, x: Tensor, t: Tensor, cache: PriorCache):
         self.x, self.t, self.computes = x.clone(), t.clone(), what_computes(prior)
         self.known = PriorCache([(k.clone(), v.clone()) for k, v in cache.keys_values], cache.mask.clone())
-        self.mask = weakref.ref(cache.mask)  # which prompt's cache was copied last
+        self.copied = weakref.ref(cache.mask), weakref.ref(cache.keys_values[0][0])  # of which prompt
         self.run, self.out = capture(lambda: Prior.step(prior, self.x, self.t, self.known))
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the network captures its own."""
 
-    def fits(self, prior: Prior, x: Tensor, cache: PriorCache) -> bool:
-        known = cache.mask.shape == self.known.mask.shape and x.shape == self.x.shape
-        return known and what_computes(prior) == self.computes
+    def fits(self, prior: Prior, x: Tensor, t: Tensor, cache: PriorCache) -> bool:
+        alike = cache.mask.shape == self.known.mask.shape and x.shape == self.x.shape
+        return alike and t.dtype == self.t.dtype and what_computes(prior) == self.computes
 
     def replay(self, x: Tensor, t: Tensor, cache: PriorCache) -> Tensor:
         self.t.copy_(t)
         self.x.copy_(x)
-        if cache.mask is not self.mask():
+        parts = cache.mask, cache.keys_values[0][0]
+        if any(part is not copied() for part, copied in zip(parts, self.copied)):
             self.known.mask.copy_(cache.mask)
             into, out_of = (sum(map(list, c.keys_values), []) for c in (self.known, cache))
             torch._foreach_copy_(into, out_of)
-            self.mask = weakref.ref(cache.mask)
+            self.copied = tuple(weakref.ref(part) for part in parts)
         self.run()
         return self.out.clone()
 

@@ -8,8 +8,9 @@
 
 Built on PyTorch's own hooks, which are gone after the block, also after an exception. A run in which nothing
 is changed gives the same bits as one that is not looked at. In an optimized network too; but there the
-convolution that a merged upsampling stands for is not called, MoVQ's attention has no map, and its spatial
-norms' conv_y and conv_b give maps of the latent's size.
+convolution that a merged upsampling stands for is not called, nor on CUDA norm1 and norm2 of the U-Net's
+residual blocks; MoVQ's attention has no map, and its spatial norms' conv_y and conv_b give maps of the
+latent's size.
 """
 
 import difflib
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky import encoders, movq, prior, unet
-from kandinsky.optimize import ChunkedAttention, merged_convs
+from kandinsky.optimize import ChunkedAttention, uncalled
 
 Change = Callable[[Any], Any]
 
@@ -35,7 +36,7 @@ def module_names(model: nn.Module, pattern: str) -> list[str]:
         ValueError: none does, and the message names the three nearest; or the one so called is not in use.
     """
     names = [name for name, _ in model.named_modules() if name]
-    if pattern in names and model.get_submodule(pattern) in merged_convs(model):
+    if pattern in names and model.get_submodule(pattern) in uncalled(model):
         why = "is not called in an optimized network; kandinsky.optimize.restore(network) first"
         raise ValueError(f"{pattern} {why}")
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]

@@ -3,7 +3,7 @@
 The method (arXiv:2209.09002, after VQ-VAE, arXiv:1711.00937) decodes quantized latents; Kandinsky decodes
 latents that were never quantized, so here each picture takes one of the two ways at random. The official
 text-to-image scheduler clips clean latents to [-1, 1]: the decoder is given clipped ones, and the encoder is
-held to that range.
+held to that range. Of each picture the worst patch counts once more: see `spot_loss`.
 """
 
 from pathlib import Path
@@ -145,7 +145,9 @@ def spot_loss(out: Tensor, pixels: Tensor) -> Tensor:
     """The squared error's mean over pictures of the worst square, each averaged before it is squared: edges
     hardly count, a patch of another colour does. Group norms tempt a network to such patches in a corner,
     where a value out of range shifts the statistics of the whole map (arXiv:1912.04958 §2)."""
-    return F.avg_pool2d(out - pixels, SQUARE, SQUARE // 2).square().mean(dim=1).flatten(1).amax(dim=1).mean()
+    side = min(SQUARE, *out.shape[-2:])
+    errors = F.avg_pool2d(out - pixels, side, max(side // 2, 1), ceil_mode=True)
+    return errors.square().mean(dim=1).flatten(1).amax(dim=1).mean()
 
 
 def psnr(out: Tensor, pixels: Tensor) -> float:

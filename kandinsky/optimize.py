@@ -26,8 +26,8 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     prior graph         the prior's step likewise; only when named: no GPU has run it yet
 
 Each is done to networks on its device. Compiled blocks are asked for by name or with `compile=True`, for the
-compiler's wait; packed weights and Winograd do not go with them, and what the three for CUDA do the compiler
-does itself.
+compiler's wait. Packed weights and Winograd do not go with them, and those for CUDA are left to the compiler,
+which orders and fuses on its own; a step is then not one launch.
 """
 
 from collections.abc import Callable, Iterator
@@ -238,10 +238,12 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
     merged = merged_convs(network)
     found = [c for c in network.modules() if isinstance(c, nn.Conv2d) and c not in merged]
     found = [c for c in found if c.weight.device.type == on]
-    for layer in found:
+    for layer in found.copy():
         reordered = layer.weight.data.to(memory_format=torch.channels_last)
-        layer.was_contiguous = reordered.stride() != layer.weight.stride()
-        layer.weight.data = reordered
+        if reordered.stride() == layer.weight.stride():
+            found.remove(layer)
+        else:
+            layer.weight.data, layer.was_contiguous = reordered, True
     for block in network.modules():
         if isinstance(block, _Merged) and block.merged.weight is not None:
             block.merged.weight = block.merged.weight.to(memory_format=torch.channels_last)
@@ -249,7 +251,8 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
 
 
 def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
-    if on == "cuda" and not (network.device.type == on and fused.can_compile()):
+    found = [m for m in network.modules() if type(m) in FUSED and next(m.parameters()).device.type == on]
+    if not found or (on == "cuda" and not fused.can_compile(network.device)):
         return 0
     return _swap(network, set(FUSED), on, FUSED)
 
@@ -283,6 +286,12 @@ def use_winograd(network: nn.Module) -> int:
 def merged_convs(network: nn.Module) -> set[nn.Module]:
     """The convolutions that a merged upsampling stands for: they are not called."""
     return {_conv_of(block) for block in network.modules() if isinstance(block, _Merged)}
+
+
+def uncalled(network: nn.Module) -> set[nn.Module]:
+    """The layers that others stand for: hooks on them see nothing."""
+    blocks = [b for b in network.modules() if isinstance(b, fused.FusedResnetBlock)]
+    return merged_convs(network) | {norm for block in blocks for norm in (block.norm1, block.norm2)}
 
 
 def _conv_of(block: nn.Module) -> nn.Conv2d:

@@ -105,6 +105,11 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def own_device(device: str) -> str:
+    """Of this process, where torchrun gives each a GPU of its own."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """Joins the processes that torchrun started, if it did; gives the device of this one."""
@@ -114,7 +119,7 @@ def processes(device: str) -> Iterator[str]:
     is_cuda = device.startswith("cuda")
     distributed.init_process_group("nccl" if is_cuda else "gloo")
     try:
-        yield f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
+        yield own_device(device)
     finally:
         distributed.destroy_process_group()
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from kandinsky import arguments
 from kandinsky.datasets import Dataset, Folder, Shapes
 from kandinsky.lora import add_lora, train_only_lora
-from kandinsky.training import Objective, Settings, Trainer, checkpoint_blocks, processes
+from kandinsky.training import Objective, Settings, Trainer, checkpoint_blocks, own_device, processes
 
 
 def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
@@ -43,6 +44,23 @@ def add_cache_flags(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--encode-batch", type=int, default=64, help="pictures to encode at once")
     parser.add_argument("--workers", type=int, default=0, help="processes that read or draw what is encoded")
+
+
+def encoding_device(args: Namespace) -> torch.device:
+    """Where this process encodes: under torchrun each has a GPU of its own."""
+    return arguments.device(own_device(args.device))
+
+
+def check_cache_flags(args: Namespace) -> None:
+    """Before anything is written."""
+    encoding_device(args)
+    for name, value, least in (
+        ("--count", args.count, 1),
+        ("--encode-batch", args.encode_batch, 1),
+        ("--workers", args.workers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} is {value}; allowed is {least} and more")
 
 
 def add_lora_flag(parser: ArgumentParser) -> None:

@@ -86,9 +86,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--weights", type=Path, default=DECODER, help="decoder folder, for start, pictures and cuda"
     )
-    parser.add_argument("--num-images", type=int, nargs="+", default=[1], help="at once, for pictures")
+    parser.add_argument(
+        "--num-images", type=int, nargs="+", default=[1], help="pictures at once, for pictures"
+    )
     parser.add_argument("--device", default="cpu", help="of the networks")
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile, of networks")
+    parser.add_argument(
+        "--compile", action="store_true", help="also under torch.compile; of pictures, diffusers'"
+    )
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
     of_networks = args.what in ("parts", "ladder")
@@ -96,6 +100,10 @@ def parse_args(argv=None):
         args.runs = 2 if args.quick else 9 if args.what in ("import", "start", "mask") else 5
     if args.compile and args.what not in ("parts", "pictures"):
         parser.error("--compile goes with parts and pictures")
+    if min(args.num_images) < 1:
+        parser.error(f"--num-images is {min(args.num_images)}; allowed is 1 and more")
+    if args.weights != DECODER:
+        Kandinsky.from_pretrained(args.weights).need_prior()  # a wrong folder is said now
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
     if args.pixels is None and of_networks:
@@ -282,6 +290,9 @@ def main(argv=None) -> int:
         if not args.json:
             for size, seconds in by_size(results).items():
                 print("\n".join([f"\n{size}", *table(seconds, base)]))
+                if args.device.type == "cuda" and size != "first picture":
+                    gib = {name: [r["gib"][size]] for name, r in results.items() if size in r["gib"]}
+                    print("\n".join(table(gib, base, "GiB")))
     else:
         base = "torch" if args.what == "import" else "diffusers"
         results = MEASURE[args.what](args)

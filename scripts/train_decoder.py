@@ -55,9 +55,6 @@ def parse_args(argv=None):
         help="train on what this prior draws of the captions: the pictures' own embeddings leave hints and "
         "known pixels nothing to say",
     )
-    parser.add_argument(
-        "--prior-share", type=cli.share, default=1.0, help="of the pictures, for which --prior draws"
-    )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written U-Net")
     training_cli.add_cache_flags(parser)
     training_cli.add_lora_flag(parser)
@@ -100,8 +97,7 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
         if samples.hints is not None:
             out["hint"] = samples.hints
         if drawn is not None:
-            captions = samples.captions[: round(args.prior_share * len(samples.captions))]
-            out["image_embeds"][: len(captions)] = drawn(captions)
+            out["image_embeds"] = drawn(samples.captions)
         if texts is not None:
             out |= texts(samples.captions)
         return {name: tensor.half() for name, tensor in out.items()}
@@ -128,6 +124,7 @@ def is_for(config: UNetConfig, task: str) -> bool:
 def check_task(args) -> None:
     """Before any picture is encoded."""
     training_cli.check_lora_flag(args)
+    training_cli.check_cache_flags(args)
     if args.task != "text2img" and args.init is None:
         raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
     if args.prior is not None and args.init is None:
@@ -153,7 +150,7 @@ def make_unet(args, embedding_dim: int, f: int) -> UNet:
 
 @torch.no_grad()
 def make_objective(args) -> DecoderObjective:
-    device = "cpu" if args.device == "cuda" else args.device
+    device = training_cli.encoding_device(args)
     image_encoder, movq = (
         load_image_encoder(args.clip).to(device),
         MoVQ.from_pretrained(args.movq / "movq", device=device),
@@ -165,7 +162,7 @@ def make_objective(args) -> DecoderObjective:
     if args.task == "text2img" and not unet.config.text:
         samples = next(iter(training_cli.fresh_data_of(args).values())).load(list(range(48)))
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
-        painter = Painter(movq, samples, image_encoder(pixels.to(device)))
+        painter = Painter(movq, samples, image_encoder(pixels))
     return DecoderObjective(
         unet,
         DDPMScheduler(clip_sample=args.task != "inpaint" and not unet.config.text),

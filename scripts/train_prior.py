@@ -4,6 +4,7 @@
 """
 
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--own-steps",
-        type=cli.share,
+        type=share,
         default=0.0,
         help="share of the samples that a guided step of the prior's own leads to, as when it draws",
     )
@@ -52,10 +53,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text} is no share; allowed is 0 to 1")
+    return value
+
+
 @torch.no_grad()
 def encode_data(args) -> list:
     """The caches of training and of fresh samples."""
-    device = "cpu" if args.device == "cuda" else args.device
+    device = training_cli.encoding_device(args)
     image_encoder = load_image_encoder(args.clip).to(device)
     text_encoder = CLIPTextEncoder.from_pretrained(args.clip / "text_encoder", device=device)
     tokenizer = PromptTokenizer.from_pretrained(args.clip / "tokenizer")
@@ -82,6 +90,7 @@ def encode_data(args) -> list:
 def main(argv=None) -> int:
     args = parse_args(argv)
     training_cli.check_lora_flag(args)
+    training_cli.check_cache_flags(args)
     if args.add_layers < 0:
         raise ValueError(f"--add-layers is {args.add_layers}; allowed is 0 and more")
     if args.add_layers and (args.init is None or args.lora is not None):

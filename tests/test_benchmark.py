@@ -115,6 +115,8 @@ def test_whole_pictures_are_timed_by_size(capsys, monkeypatch):
     results = json.loads(capsys.readouterr().out)
     assert list(results) == ["diffusers", "kandinsky", "kandinsky, optimized", "kandinsky, --low-memory"]
     assert results["kandinsky"]["first"] > 0 and len(results["kandinsky"]["seconds"]["1 of 32 px"]) == 1
+    assert run("benchmark", *args, "--num-images", "0") == run("benchmark", "cuda", "--weights", "no") == 2
+    capsys.readouterr()
     module = load("benchmark")
     monkeypatch.setattr(
         module,

@@ -51,6 +51,20 @@ def test_it_lies_no_further_from_float32_in_half_precision(dtype):
     )
 
 
+def test_where_the_compiler_does_not_work_norms_stay_as_they_are(monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("Failed to find\nC compiler")
+
+    monkeypatch.setattr(fused, "compiled", broken)
+    fused.can_compile.cache_clear()
+    with pytest.warns(UserWarning, match="norms are not fused: .* work here .Failed to find C compiler"):
+        assert not fused.can_compile(torch.device("cpu"))
+    monkeypatch.setattr(fused, "compiled", lambda: fused.norm_silu)
+    fused.can_compile.cache_clear()
+    assert fused.can_compile(torch.device("cpu"))
+    fused.can_compile.cache_clear()
+
+
 def unet_output(unet: UNet) -> torch.Tensor:
     x, e = randn(2, 4, 8, 12), randn(2, EMBEDDING_DIM, seed=1)
     return unet(x.to(unet.device), torch.tensor([900, 30], device=unet.device), e.to(unet.device))
@@ -76,6 +90,7 @@ def test_networks_in_nhwc_with_fused_norms_give_the_same_and_come_back(device, m
             assert optimize.merge_upsampling(network) > 0
             optimize.cut_bands(network)
         assert optimize.use_channels_last(network, device) > 0 and optimize.fuse_norms(network, device) > 0
+        assert not optimize.use_channels_last(network, device) and not optimize.fuse_norms(network, device)
         assert not {type(m) for m in network.modules()} & set(FUSED)
         strides = []
         for module in network.modules():

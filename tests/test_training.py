@@ -366,6 +366,18 @@ def test_samples_made_by_other_processes_in_other_batches_are_encoded_alike(tmp_
     assert torch.equal(*caches) and len(caches[0].unique(dim=0)) == 8
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_goes_wrong_in_another_process_is_said_in_one_line(tmp_path, workers):
+    class Broken:
+        def load(self, indices: list[int]) -> Samples:
+            raise ValueError(f"no picture {indices[0]}")
+
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="^no picture 0$"):
+        build_cache(Broken(), 4, tmp_path / "cache", dict, progress=False, workers=workers)
+    assert torch.equal(torch.get_rng_state(), before) and not (tmp_path / "cache").exists()
+
+
 def test_a_deepened_prior_starts_as_the_one_it_came_from():
     prior = ours(Prior, reference_prior())
     deeper = deepen(prior, 2, seed=1)
@@ -452,6 +464,11 @@ def test_a_patch_of_another_colour_costs_more_than_edges_of_the_same_error():
     assert edges.square().sum() == spot.square().sum()
     torch.testing.assert_close(spot_loss(spot, pixels), torch.tensor(0.25 / 2))  # of one picture in two
     assert spot_loss(edges, pixels) < 1e-6
+    corner = torch.zeros(1, 3, 18, 18)
+    corner[..., -2:, -2:] = 1
+    assert (
+        spot_loss(corner, 0 * corner) > 0.01 and spot_loss(corner[..., :2, :2] + 1, corner[..., :2, :2]) == 1
+    )
     movq = ours(MoVQ, reference_movq())
     data = Shapes(0, 32)
     with torch.no_grad():

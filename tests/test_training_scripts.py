@@ -19,6 +19,7 @@ from kandinsky.cli import WEIGHTS
 from kandinsky.datasets import Folder, Shapes, with_holes
 from kandinsky.embedding_cache import Cache
 from kandinsky.encoders import CLIPTextEncoder
+from kandinsky.training import own_device
 from tests.helpers import relative_l2
 from tests.test_training import write_folder
 
@@ -179,11 +180,6 @@ def test_a_decoder_is_trained_on_what_the_prior_draws(trained, tmp_path, capsys)
     pipe = Kandinsky.from_pretrained(trained / "mini-decoder", trained / "mini-prior")
     drawn = pipe.embed(captions, seed=list(range(5, 13))).image_embeds
     assert relative_l2(kept[:8].float(), drawn) <= 1e-3, "half precision"
-    half = ["--prior-share", "0.5", "--encode-batch", "8"]
-    assert run("train_decoder", "--out", tmp_path / "half", *start, *prior, *places[:4], *half, *data) == 0
-    mixed = load_file(tmp_path / "half" / "training" / "latents.safetensors")["image_embeds"].float()
-    assert len(mixed) == 8 and relative_l2(mixed[:4], drawn[:4]) <= 1e-3
-    assert (mixed[4:] - drawn[4:]).norm(dim=1).min() > 0.01, "the pictures' own"
     assert run("train_decoder", "--out", tmp_path / "no", *prior, *places[:4], *data) == 2
     assert "--prior needs --init" in capsys.readouterr().err
 
@@ -230,6 +226,13 @@ def test_a_text_tower_is_trained_with_its_prior(trained, tmp_path, capsys):
     assert "--train-text goes without it" in capsys.readouterr().err
 
 
+def test_each_process_encodes_on_its_own_gpu(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert [own_device(d) for d in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda:0", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cuda") == "cuda:3"
+
+
 def test_layers_are_added_to_a_prior(trained, tmp_path, capsys):
     flags = ["--data", trained / "pictures", "--size", "16", *SHORT, "--clip", trained / "clip"]
     more = ["--init", trained / "mini-prior", "--add-layers", "2"]
@@ -239,6 +242,10 @@ def test_layers_are_added_to_a_prior(trained, tmp_path, capsys):
         (["--add-layers", "1"], "--add-layers adds to --init's prior, and goes without --lora"),
         ([*more, "--lora", "2"], "--add-layers adds to --init's prior, and goes without --lora"),
         ([*more[:3], "-1"], "--add-layers is -1; allowed is 0 and more"),
+        (["--count", "0"], "--count is 0; allowed is 1 and more"),
+        (["--encode-batch", "-1"], "--encode-batch is -1; allowed is 1 and more"),
+        (["--workers", "-1"], "--workers is -1; allowed is 0 and more"),
+        (["--device", "cuda:77"], "cuda:77"),
     ):
         assert run("train_prior", "--out", tmp_path / "no", *flags, *wrong) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
