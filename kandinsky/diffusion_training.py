@@ -34,7 +34,7 @@ from kandinsky.own_steps import (
 from kandinsky.prior import Prior
 from kandinsky.sampling import sample_latents, sample_prior
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
-from kandinsky.training import Draws, Objective, initialize
+from kandinsky.training import Draws, Objective, initialize, save_as
 from kandinsky.unet import UNet
 
 DECODER_TEXTS = {"decoder_text_embeds", "decoder_text_states"}  # of a cache: what 2.1's U-Net reads
@@ -252,13 +252,6 @@ def save_trained(network: nn.Module, folder: Path, name: str, dtype: torch.dtype
         save_lora(network, folder / f"{name}-lora.safetensors")
     else:
         save_as(network, folder / name, dtype)
-
-
-def save_as(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a network's weights in another precision; the network keeps its own."""
-    import copy
-
-    copy.deepcopy(network).to(dtype).save_pretrained(folder)
 
 
 def draw_embeds(

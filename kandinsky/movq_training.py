@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from kandinsky.images import to_unit_range
 from kandinsky.movq import MoVQ
-from kandinsky.training import Draws, Objective, initialize
+from kandinsky.training import Draws, Objective, initialize, save_as
 
 COMMITMENT = 0.25  # arXiv:1711.00937, eq. 3
 SQUARE = 8  # side in pixels of the squares that a spot is looked for in
@@ -65,11 +65,12 @@ class MoVQObjective(Objective):
         crop: int | None = None,
         frozen_encoder: bool = False,
         latent_noise: float = 0.1,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.movq, self.data, self.fresh, self.crop = movq, data, fresh, crop
         self.edges, self.codebook, self.bounds, self.spots = edges, codebook, bounds, spots
-        self.adversarial, self.latent_noise = adversarial, latent_noise
+        self.adversarial, self.latent_noise, self.dtype = adversarial, latent_noise, dtype
         if adversarial:
             self.discriminator = initialize(Discriminator(), 0)
         if frozen_encoder:
@@ -123,7 +124,7 @@ class MoVQObjective(Objective):
         return torch.stack(rows), {**measured, "latent std": z.std().item()}
 
     def save(self, folder: Path) -> None:
-        self.movq.save_pretrained(folder / "movq")
+        save_as(self.movq, folder / "movq", self.dtype)
 
 
 def busy_crop(pixels: Tensor, size: int, index: int) -> Tensor:

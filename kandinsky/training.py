@@ -7,6 +7,7 @@ it draws follow from these numbers, so no random state is kept. The state is one
 beside the old one, synced and renamed; a run killed at any moment goes on from there to the same bits.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -148,6 +149,11 @@ def initialize(model: nn.Module, seed: int, zero: tuple[str, ...] = ()) -> nn.Mo
         if name.endswith("conv_y"):  # a spatial norm starts as a plain one
             nn.init.ones_(module.bias)
     return model
+
+
+def save_as(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a network's weights in another precision; the network keeps its own."""
+    copy.deepcopy(network).to(dtype).save_pretrained(folder)
 
 
 def checkpoint_blocks(network: nn.Module, *kinds: type[nn.Module]) -> None:

@@ -12,7 +12,7 @@ train() { script=$1; shift; "${PYTHON:-python}" "$here/$script.py" --bf16 "$@"; 
 # 1. The autoencoder, on the busier crops; then its decoding half alone, so that the latents stay as they are.
 train train_movq --out "$out/movq-crops" --steps 2000 --batch-size 32 --crop 32 --decay 0.5 --sample-every 200
 train train_movq --out "$out/movq" --init "$out/movq-crops" --freeze-encoder --steps 1500 --batch-size 16 \
-    --learning-rate 1e-3 --decay 0.6
+    --learning-rate 1e-3 --decay 0.6 --save-dtype float16
 
 # 2. The embeddings: a convolutional teacher, then the text tower on its embeddings.
 train train_clip --stage teacher --out "$out/clip" --steps 5200 --decay 0.5 --learning-rate 1.5e-3 \
@@ -56,7 +56,7 @@ more() {
         --warmup 100 --ema 0.998 --batch-size 512 "$@"
 }
 train train_movq --out "$out/more/movq" --init "$out/movq" --freeze-encoder --steps 900 --batch-size 16 \
-    --learning-rate 1e-3 --warmup 30 --decay 0.7 --ema 0.99
+    --learning-rate 1e-3 --warmup 30 --decay 0.7 --ema 0.99 --save-dtype float16
 more train_prior --init "$out/mini-prior" --out "$out/more/mini-prior" --add-layers 2 --count 200000 --steps 1861 \
     --noises 4 --train-text --own-steps 0.5 --decay 0.7
 more="more train_decoder --movq $out/more/movq --decay 0.6"

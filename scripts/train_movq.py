@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 from kandinsky import MoVQ, cli, training_cli
 from kandinsky.config import MoVQConfig
 from kandinsky.movq import AttentionBlock, ResnetBlock
@@ -21,6 +23,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--latent-noise", type=float, default=0.1, help="added to latents before they are decoded"
     )
+    parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float32", help="of the written MoVQ")
     parser.add_argument("--freeze-encoder", action="store_true", help="train what decodes, keep the latents")
     training_cli.add_training_flags(parser, batch_size=16, learning_rate=1.5e-3)
     return parser.parse_args(argv)
@@ -39,7 +42,7 @@ def main(argv=None) -> int:
     fresh = next(iter(training_cli.fresh_data_of(args).values()))
     data = training_cli.data_of(args)
     settings = {"adversarial": args.adversarial, "crop": args.crop, "frozen_encoder": args.freeze_encoder}
-    settings["latent_noise"] = args.latent_noise
+    settings |= {"latent_noise": args.latent_noise, "dtype": getattr(torch, args.save_dtype)}
     objective = MoVQObjective(movq, data, fresh, **settings)
     training_cli.train(objective, args, ResnetBlock, AttentionBlock)
     return 0

@@ -3,6 +3,7 @@
 import json
 import runpy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from train_decoder import known_latents
 
-from kandinsky import Kandinsky, MoVQ, Prior, UNet, datasets, random_weights
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, datasets, diffusion_training, random_weights
 from kandinsky.cli import WEIGHTS
 from kandinsky.datasets import Folder, Shapes, with_holes
 from kandinsky.embedding_cache import Cache
@@ -45,12 +46,22 @@ def run(script: str, *args) -> int:
     return runpy.run_path(str(SCRIPTS / f"{script}.py"))["main"](list(map(str, args)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    """The sample pictures of a run take most of these short ones' time."""
+    few = partial(diffusion_training.draw_latents, num_steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion_training, "draw_latents", few)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Every network, two steps from nothing, on a folder of eight pictures of 16 pixels."""
     out = tmp_path_factory.mktemp("trained")
     data = ["--data", write_folder(out / "pictures"), "--size", "16", *SHORT]
-    assert run("train_movq", "--out", out / "movq", "--channels", "32", "32", "--codes", "20", *data) == 0
+    small = ["--channels", "32", "32", "--codes", "20", "--save-dtype", "float16"]
+    assert run("train_movq", "--out", out / "movq", *small, *data) == 0
     for stage in ("teacher", "text", "image"):
         assert run("train_clip", "--stage", stage, "--out", out / "clip", *TOWERS, *data) == 0
     clip = ["--clip", out / "clip"]
@@ -84,6 +95,8 @@ def assert_same_pictures(folder: Path, size: int, steps: int) -> None:
 
 
 def test_what_the_scripts_write_draws_the_same_pictures_in_diffusers(trained):
+    movq = load_file(trained / "mini-decoder" / "movq" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in movq.values()} == {torch.float16}
     assert_same_pictures(trained, 16, 4)
 
 
