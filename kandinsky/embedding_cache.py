@@ -92,10 +92,10 @@ def build_cache(
 
 
 def _load_or_say_why(data: Dataset, indices: list[int]) -> Samples | Exception:
-    """An error raised in another process would come back with all of its traceback as the message."""
+    """What a user can mend would come back from another process with all of its traceback as the message."""
     try:
         return data.load(indices)
-    except Exception as error:
+    except (ValueError, OSError) as error:
         return error
 
 

@@ -145,7 +145,8 @@ def edge_loss(out: Tensor, pixels: Tensor) -> Tensor:
 def spot_loss(out: Tensor, pixels: Tensor) -> Tensor:
     """The squared error's mean over pictures of the worst square, each averaged before it is squared: edges
     hardly count, a patch of another colour does. Group norms tempt a network to such patches in a corner,
-    where a value out of range shifts the statistics of the whole map (arXiv:1912.04958 §2)."""
+    where a value out of range shifts the statistics of the whole map (arXiv:1912.04958 §2). The last squares
+    are narrower where a side is no multiple of 4."""
     side = min(SQUARE, *out.shape[-2:])
     errors = F.avg_pool2d(out - pixels, side, max(side // 2, 1), ceil_mode=True)
     return errors.square().mean(dim=1).flatten(1).amax(dim=1).mean()

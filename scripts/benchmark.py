@@ -102,8 +102,6 @@ def parse_args(argv=None):
         parser.error("--compile goes with parts and pictures")
     if min(args.num_images) < 1:
         parser.error(f"--num-images is {min(args.num_images)}; allowed is 1 and more")
-    if args.weights != DECODER:
-        Kandinsky.from_pretrained(args.weights).need_prior()  # a wrong folder is said now
     if args.runs < 1:
         parser.error(f"--runs is {args.runs}; allowed is 1 and more")
     if args.pixels is None and of_networks:
@@ -270,6 +268,7 @@ MEASURE = {"import": measure_imports, "start": measure_start, "mask": measure_ma
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    Kandinsky.from_pretrained(args.weights).need_prior()  # a wrong folder is said now
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if args.what == "cuda":
         run_cuda(args)

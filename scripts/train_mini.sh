@@ -46,21 +46,22 @@ start="--clip $out/clip --movq $out/movq --init $out/mini-decoder --prior $out/m
 train train_decoder $start --task inpaint --out "$out/mini-decoder-inpaint" --count 30000
 train train_decoder $start --task hint --out "$out/mini-controlnet-depth" --count 12000
 
-# 7. More of the same on a GPU, eight minutes on an H200: two layers more for the prior, batches four to eight times
-# as large, more pictures. The autoencoder's decoding half again, on whole pictures, with the loss for spots.
+# 7. More of the same on a GPU, eight minutes on an H200 with the first two and the last two side by side: two layers
+# more for the prior, batches two to eight times as large, more pictures. Before, the autoencoder's decoding half again,
+# on the CPU: the embedded one's stage 1 had no loss for spots.
 [ -n "${DEVICE:-}" ] || exit 0
-more() {
+on_gpu() {
     script=$1
     shift
     "${PYTHON:-python}" "$here/$script.py" --clip "$out/clip" --device "$DEVICE" --workers 5 --encode-batch 1024 \
-        --warmup 100 --ema 0.998 --batch-size 512 "$@"
+        --warmup 100 --ema 0.998 --batch-size 512 --save-every 1000 --sample-every 100000 "$@"
 }
+decoder() { on_gpu train_decoder --movq "$out/more/movq" --decay 0.6 "$@"; }
+task() { decoder --init "$out/more/mini-decoder" --prior "$out/more/mini-prior" --count 60000 "$@"; }
 train train_movq --out "$out/more/movq" --init "$out/movq" --freeze-encoder --steps 900 --batch-size 16 \
     --learning-rate 1e-3 --warmup 30 --decay 0.7 --ema 0.99 --save-dtype float16
-more train_prior --init "$out/mini-prior" --out "$out/more/mini-prior" --add-layers 2 --count 200000 --steps 1861 \
+on_gpu train_prior --init "$out/mini-prior" --out "$out/more/mini-prior" --add-layers 2 --count 200000 --steps 1861 \
     --noises 4 --train-text --own-steps 0.5 --decay 0.7
-more="more train_decoder --movq $out/more/movq --decay 0.6"
-$more --init "$out/mini-decoder" --out "$out/more/mini-decoder" --count 150000 --steps 1762 --embedding-noise 0.15
-more="$more --init $out/more/mini-decoder --prior $out/more/mini-prior --count 60000"
-$more --task inpaint --out "$out/more/mini-decoder-inpaint" --steps 2058
-$more --task hint --out "$out/more/mini-controlnet-depth" --steps 1745 --batch-size 128
+decoder --init "$out/mini-decoder" --out "$out/more/mini-decoder" --count 150000 --steps 1762 --embedding-noise 0.15
+task --task inpaint --out "$out/more/mini-decoder-inpaint" --steps 2058
+task --task hint --out "$out/more/mini-controlnet-depth" --steps 1745 --batch-size 128

@@ -129,13 +129,9 @@ def test_every_step_of_every_prompt_is_the_plain_priors(device, monkeypatch):
     for seed in (0, 1, 2):
         assert_alike(2, 5, seed)
     assert len(graphs.captured) == 1
-    given, cache = (
-        (randn(2, EMBEDDING_DIM).to(device), torch.tensor([5, 5], device=device)),
-        graphed.prefill(
-            *(randn(2, *shape, EMBEDDING_DIM).to(device) for shape in ((), (5,))),
-            torch.ones(2, 5, dtype=torch.bool, device=device),
-        ),
-    )
+    given = randn(2, EMBEDDING_DIM).to(device), torch.tensor([5, 5], device=device)
+    text = (randn(2, *shape, EMBEDDING_DIM).to(device) for shape in ((), (5,)))
+    cache = graphed.prefill(*text, torch.ones(2, 5, dtype=torch.bool, device=device))
     graphed.step(*given, cache)
     changed = cache._replace(keys_values=[(2 * k, v) for k, v in cache.keys_values])
     assert relative_l2(graphed.step(*given, changed), plain.step(*given, changed)) <= 1e-6
