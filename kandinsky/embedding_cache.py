@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from kandinsky.checkpoint import open_safetensors, write_safetensors
 from kandinsky.datasets import Dataset, Samples, shuffled
 from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP, MultilingualTokenizer, PromptTokenizer
 
-Encode = Callable[[Any], dict[str, Tensor]]  # samples -> tensors of as many rows
+Encode = Callable[[Samples], dict[str, Tensor]]  # samples -> tensors of as many rows
 
 
 class Cache:

@@ -237,22 +237,21 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
     """The convolutions' weights; maps follow them."""
     merged = merged_convs(network)
     found = [c for c in network.modules() if isinstance(c, nn.Conv2d) and c not in merged]
-    found = [c for c in found if c.weight.device.type == on]
-    for layer in found.copy():
+    count = 0
+    for layer in (c for c in found if c.weight.device.type == on):
         reordered = layer.weight.data.to(memory_format=torch.channels_last)
-        if reordered.stride() == layer.weight.stride():
-            found.remove(layer)
-        else:
+        if reordered.stride() != layer.weight.stride():
             layer.weight.data, layer.was_contiguous = reordered, True
+            count += 1
     for block in network.modules():
         if isinstance(block, _Merged) and block.merged.weight is not None:
             block.merged.weight = block.merged.weight.to(memory_format=torch.channels_last)
-    return len(found)
+    return count
 
 
 def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
-    found = [m for m in network.modules() if type(m) in FUSED and next(m.parameters()).device.type == on]
-    if not found or (on == "cuda" and not fused.can_compile(network.device)):
+    found = any(type(module) in FUSED for module in network.modules())
+    if found and network.device.type == "cuda" and not fused.can_compile(network.device):
         return 0
     return _swap(network, set(FUSED), on, FUSED)
 

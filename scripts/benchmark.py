@@ -36,7 +36,8 @@ from benchmark_networks import (
     stopwatch,
     whole_picture,
 )
-from benchmark_pictures import PROMPT, by_size, is_installed, measure_pipeline, pipelines
+from benchmark_pictures import PROMPT, by_size, measure_pipeline, pipelines
+from reference import is_installed
 from torch.nn import functional as F
 
 from kandinsky import Kandinsky, arguments, cli, random_weights
@@ -145,15 +146,14 @@ def measure_imports(args) -> dict[str, dict[str, list[float]]]:
     return measure_processes(args.runs, {name: [sys.executable, "-c", IMPORTS[name]] for name in names})
 
 
-def own_side(args) -> int:
+def own_side(pipe: Kandinsky) -> int:
     """In pixels, of the checkpoint's pictures."""
-    pipe = Kandinsky.from_pretrained(args.weights)
     return pipe.unet_config.sample_size * pipe.movq_config.downscale
 
 
 def measure_start(args) -> dict[str, dict[str, list[float]]]:
     pipe = Kandinsky.from_pretrained(args.weights)
-    pixels = str(args.pixels[0] if args.pixels else own_side(args))
+    pixels = str(args.pixels[0] if args.pixels else own_side(pipe))
     steps, dtype = [str(args.steps), str(args.prior_steps)], args.dtype
     with tempfile.TemporaryDirectory() as folder:
         ours = [sys.executable, str(Path(__file__).parent / "text2img.py"), PROMPT, "--seed", "0"]
@@ -268,7 +268,10 @@ MEASURE = {"import": measure_imports, "start": measure_start, "mask": measure_ma
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
-    Kandinsky.from_pretrained(args.weights).need_prior()  # a wrong folder is said now
+    if args.what == "cuda":
+        Kandinsky.from_pretrained(
+            args.weights
+        ).need_prior()  # a wrong folder is said before minutes are spent
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if args.what == "cuda":
         run_cuda(args)
@@ -282,7 +285,7 @@ def main(argv=None) -> int:
         if args.what == "parts" and set(args.parts) == set(PARTS) and len(args.pixels) == 1:
             results["whole picture"] = {"seconds": whole_picture(results)}
     elif args.what == "pictures":
-        sides = args.pixels or [own_side(args)]
+        sides = args.pixels or [own_side(Kandinsky.from_pretrained(args.weights))]
         sizes = [(side, count) for count in args.num_images for side in sides]
         results = {name: measure_pipeline(args, name, sizes) for name in pipelines(args)}
         base = "diffusers" if "diffusers" in results else "kandinsky"

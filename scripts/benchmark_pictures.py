@@ -1,13 +1,14 @@
 """What `benchmark.py pictures` times: whole pictures of loaded pipelines, ours and diffusers', each alone."""
 
 import gc
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
 
 import roofline
 import torch
+from benchmark_networks import in_turn, stopwatch
+from reference import is_installed
 
 from kandinsky import Kandinsky
 
@@ -29,8 +30,8 @@ def measure_pipeline(args, name: str, sizes: list[tuple[int, int]]) -> dict[str,
     for side, count in sizes[:1] if "compiled" in name else sizes:
         size = f"{count} of {side} px"
         forget_peak(args)
-        draw(side, count)
-        result["seconds"][size] = [seconds_of(args, draw, side, count) for _ in range(args.runs)]
+        once = stopwatch(args, draw, lambda draw, given=(side, count): draw(*given), 1)
+        result["seconds"][size] = in_turn(args.runs, {name: once})[name]
         if args.device.type == "cuda":
             result["gib"][size] = torch.cuda.max_memory_allocated(args.device) / 2**30
     return result
@@ -52,14 +53,6 @@ def forget_peak(args) -> None:
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(args.device)
-
-
-def seconds_of(args, draw: Draw, side: int, count: int) -> float:
-    roofline.synchronize(args.device)
-    start = time.perf_counter()
-    draw(side, count)
-    roofline.synchronize(args.device)
-    return time.perf_counter() - start
 
 
 def pipelines(args) -> dict[str, Callable[[], Draw]]:
@@ -92,16 +85,12 @@ def ours(args, optimized: bool = False, keep_loaded: bool = True) -> Draw:
     return draw
 
 
-def is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
 def theirs(args, compiled: bool = False) -> Draw:
     from diffusers import KandinskyV22Pipeline, KandinskyV22PriorPipeline
 
-    need_prior = Kandinsky.from_pretrained(args.weights).need_prior()
+    folder = Kandinsky.from_pretrained(args.weights).need_prior()
     dtype = getattr(torch, args.dtype)
-    prior = KandinskyV22PriorPipeline.from_pretrained(need_prior, torch_dtype=dtype).to(args.device)
+    prior = KandinskyV22PriorPipeline.from_pretrained(folder, torch_dtype=dtype).to(args.device)
     decoder = KandinskyV22Pipeline.from_pretrained(args.weights, torch_dtype=dtype).to(args.device)
     for pipe in (prior, decoder):
         pipe.set_progress_bar_config(disable=True)

@@ -3,6 +3,8 @@
 Needs the test extra, `pip install -e '.[test]'`, imported when used.
 """
 
+import importlib.util
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,10 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCL
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def distance(x: Tensor, exact: Tensor) -> float:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kandinsky import Kandinsky, MoVQ, UNet, bands, fused, optimize
+from kandinsky.inspection import module_names
 from kandinsky.lora import add_lora
 from kandinsky.optimize import FUSED, is_optimized, restore
 from tests import small
@@ -102,6 +103,14 @@ def test_networks_in_nhwc_with_fused_norms_give_the_same_and_come_back(device, m
         assert all(
             torch.equal(weights[name], t) and t.is_contiguous() for name, t in network.state_dict().items()
         )
+
+
+def test_norms_that_are_not_called_cannot_be_looked_at():
+    unet, name = ours(UNet, small.reference_unet()), "mid_block.resnets.0.norm1"
+    assert module_names(unet, name) == [name]
+    optimize.fuse_norms(unet, "cpu")
+    with pytest.raises(ValueError, match=f"{name} is not called in an optimized network"):
+        module_names(unet, name)
 
 
 def test_gradients_pass_through_fused_blocks():
