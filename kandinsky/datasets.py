@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -48,9 +49,11 @@ class Shapes:
     size: int = 64
     split: str = "train"
     hints: bool = False
+    num_objects: Sequence[float] = shapes.NUM_OBJECTS
 
     def load(self, indices: list[int]) -> Samples:
-        pixels, captions, scenes = shapes.batch(self.seed, indices, self.size, self.split)
+        given = self.size, self.split, self.num_objects
+        pixels, captions, scenes = shapes.batch(self.seed, indices, *given)
         if not self.hints:
             return Samples(pixels, captions, scenes)
         depths = torch.stack([torch.from_numpy(shapes.depth_hint(scene, self.size)) for scene in scenes])

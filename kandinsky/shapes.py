@@ -10,8 +10,9 @@ side, x to the right and y down. A caption says only true things, and always the
 object; `kandinsky.judge` tells from a picture's pixels whether it shows what a caption says.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
@@ -43,6 +44,7 @@ RADII = {"small": (0.13, 0.145), "large": (0.19, 0.22)}  # 17 to 18 and 24 to 28
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 ANCHORS = (0.2, 0.5, 0.8)  # of the three columns, and of the three rows
 PLACE_JITTER = 0.05
+NUM_OBJECTS = (9, 9, 2)  # how often a scene has one, two and three
 MARGIN, GAP = 0.025, 0.05  # least distance to the picture's edge, and between two objects
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # directions
 
@@ -129,15 +131,17 @@ class Claim:
     background: str | None = None
 
 
-def random_scene(seed: int, index: int, split: str = "train", num_objects: int | None = None) -> Scene:
+def random_scene(
+    seed: int, index: int, split: str = "train", num_objects: Sequence[float] = NUM_OBJECTS
+) -> Scene:
     """The index-th scene of a seed. split "train" never has a held-out colour-shape pair, "held_out" always
-    has one. num_objects: 1 to 3, or None: one and two equally often, three in a tenth. Raises ValueError."""
+    has one. num_objects: how often a scene has one, two and three, as weights. Raises ValueError."""
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', not {split!r}")
-    if num_objects not in (None, 1, 2, 3):
-        raise ValueError(f"num_objects must be 1, 2, 3 or None, not {num_objects!r}")
+    if len(num_objects) != 3 or min(num_objects) < 0 or not 0 < sum(num_objects) < math.inf:
+        raise ValueError(f"num_objects must be three weights, none below 0 and one above, not {num_objects}")
     rng = Random(f"{seed} {index} {split}")
-    count = num_objects or rng.choices((1, 2, 3), (9, 9, 2))[0]
+    count = rng.choices((1, 2, 3), num_objects)[0]
     background = rng.choice(BACKGROUNDS)
     pairs = _random_pairs(rng, count, background, split)
     objects = None
@@ -278,11 +282,15 @@ def depth_hint(scene: Scene, size: int = 64) -> np.ndarray:
 
 
 def batch(
-    seed: int, indices: Iterable[int], size: int = 64, split: str = "train"
+    seed: int,
+    indices: Iterable[int],
+    size: int = 64,
+    split: str = "train",
+    num_objects: Sequence[float] = NUM_OBJECTS,
 ) -> tuple[Tensor, list[str], list[Scene]]:
     """Pixels (b, 3, size, size) float32 in [-1, 1], one caption each, and the scenes."""
     indices = list(indices)
-    scenes = [random_scene(seed, index, split) for index in indices]
+    scenes = [random_scene(seed, index, split, num_objects) for index in indices]
     captions = [
         caption(scene, Random(f"{seed} {index} {split} caption")) for scene, index in zip(scenes, indices)
     ]

@@ -20,6 +20,13 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--init", type=Path, help="folder whose weights to start from; default: from nothing")
     parser.add_argument("--data", type=Path, help="folder of captioned pictures; default: kandinsky.shapes")
     parser.add_argument("--size", type=int, default=64, help="side of the training pictures in pixels")
+    parser.add_argument(
+        "--num-objects",
+        nargs=3,
+        type=float,
+        metavar=("ONE", "TWO", "THREE"),
+        help="how often kandinsky.shapes draws one, two and three objects, as weights; default: 9 9 2",
+    )
     parser.add_argument("--steps", type=int, default=settings.steps, help="updates in all")
     parser.add_argument("--batch-size", type=int, default=settings.batch_size, help="of each process")
     parser.add_argument("--accumulate", type=int, default=1, help="batches added up for an update")
@@ -61,6 +68,7 @@ def check_cache_flags(args: Namespace) -> None:
     ):
         if value < least:
             raise ValueError(f"{name} is {value}; allowed is {least} and more")
+    shapes_of(args)
 
 
 def add_lora_flag(parser: ArgumentParser) -> None:
@@ -107,9 +115,20 @@ def settings_of(args: Namespace) -> Settings:
     )
 
 
-def data_of(args: Namespace, hints: bool = False) -> Dataset:
-    if args.data is None:
+def shapes_of(args: Namespace, hints: bool = False) -> Shapes:
+    if args.num_objects is None:
         return Shapes(args.seed, args.size, hints=hints)
+    if args.data is not None:
+        raise ValueError("--num-objects is for kandinsky.shapes, and goes without --data")
+    data = Shapes(args.seed, args.size, hints=hints, num_objects=args.num_objects)
+    data.load([0])  # refuses weights that are none
+    return data
+
+
+def data_of(args: Namespace, hints: bool = False) -> Dataset:
+    shapes = shapes_of(args, hints)
+    if args.data is None:
+        return shapes
     return Folder(args.data, args.size, hints)
 
 
