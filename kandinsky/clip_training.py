@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from kandinsky.checkpoint import Pretrained
 from kandinsky.config import CLIPImageConfig, CLIPTextConfig
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, Encoder, PromptTokenizer
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, Encoder
 from kandinsky.images import CLIP_MEAN, CLIP_STD, to_unit_range
 from kandinsky.judge import compare, hard_negative, see
+from kandinsky.prompts import PromptTokenizer
 from kandinsky.repository import write_image_constants
 from kandinsky.shapes import OBJECT_COLORS, PLACES, SHAPES, Claim, ObjectClaim, Scene
 from kandinsky.training import Draws, Objective, initialize, rank, world_size

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from kandinsky.checkpoint import open_safetensors, write_safetensors
 from kandinsky.datasets import Dataset, Samples, shuffled
-from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP, MultilingualTokenizer, PromptTokenizer
+from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP
+from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
 
 Encode = Callable[[Samples], dict[str, Tensor]]  # samples -> tensors of as many rows
 

@@ -1,4 +1,4 @@
-"""CLIP's two towers (arXiv:2103.00020; 2.2 uses OpenCLIP's ViT-bigG/14), 2.1's multilingual one, tokenizers.
+"""CLIP's two towers (arXiv:2103.00020; 2.2 uses OpenCLIP's ViT-bigG/14), 2.1's multilingual one.
 
     prompt ─ PromptTokenizer → ids (b, n) ─ CLIPTextEncoder → text_states (b, n, d), text_embeds (b, d)
     picture ─ images.clip_pixels → (b, 3, 224, 224) ─ CLIPImageEncoder → image_embeds (b, d)
@@ -21,16 +21,12 @@ tower's first norm is spelt `pre_layrnorm`; XLM-RoBERTa counts positions from 2 
 tokens.
 """
 
-import warnings
-from pathlib import Path
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kandinsky.checkpoint import CheckpointError, Pretrained
+from kandinsky.checkpoint import Pretrained
 from kandinsky.config import CLIPImageConfig, CLIPTextConfig, MultilingualConfig
 from kandinsky.layers import attention
 
@@ -306,73 +302,3 @@ class MultilingualCLIP(nn.Module, Pretrained):
         states, is_real = self.transformer(ids), (ids != PADDING)[..., None]
         mean = (states * is_real).sum(dim=1) / is_real.sum(dim=1)
         return states.float(), self.LinearTransformation(mean.to(states.dtype)).float()
-
-
-class PromptTokenizer:
-    """transformers' CLIP tokenizer; pads no further than the longest prompt and says what it cuts."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.max_length = min(tokenizer.model_max_length, 77)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "PromptTokenizer":
-        """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`; without them it is a CheckpointError."""
-        folder = Path(folder)
-        # transformers makes a tokenizer of five tokens from an empty folder and says nothing
-        if not (folder / "tokenizer.json").exists():
-            for name in ("vocab.json", "merges.txt"):
-                if not (folder / name).exists():
-                    raise CheckpointError(f"no such file: {folder / name}")
-        from transformers import CLIPTokenizer
-
-        return cls(CLIPTokenizer.from_pretrained(folder, local_files_only=True))
-
-    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> ids (b, n) and mask (b, n), True for real tokens; n is the longest prompt's length.
-
-        What does not fit into 77 tokens is cut, and a UserWarning shows it; another warns of prompts in other
-        scripts than Latin, which the tower does not understand.
-        """
-        whole = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
-        for text, offsets in zip(texts, whole["offset_mapping"]):
-            letters = [character for character in text if character.isalpha()]
-            if sum(character > "\u024f" for character in letters) > len(letters) / 2:
-                warnings.warn(f"the model understands English only, not {text!r}", stacklevel=2)
-            if len(offsets) > self.max_length:
-                dropped = text[offsets[self.max_length - 1][0] :]
-                warnings.warn(
-                    f"the prompt is longer than {self.max_length} tokens; this part was dropped: {dropped!r}",
-                    stacklevel=2,
-                )
-        settings = {"max_length": self.max_length, "truncation": True, "return_tensors": "pt"}
-        padded = self.tokenizer(texts, padding="longest", **settings)
-        return padded["input_ids"], padded["attention_mask"].bool()
-
-
-class MultilingualTokenizer:
-    """XLM-RoBERTa's tokenizer; pads to the 77 tokens that 2.1's U-Net reads, and says what it cuts."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "MultilingualTokenizer":
-        """Reads `tokenizer.json` or `sentencepiece.bpe.model`; without them it is a CheckpointError."""
-        folder = Path(folder)
-        if not any((folder / name).exists() for name in ("tokenizer.json", "sentencepiece.bpe.model")):
-            raise CheckpointError(f"no such file: {folder / 'tokenizer.json'}")
-        from transformers import XLMRobertaTokenizerFast
-
-        return cls(XLMRobertaTokenizerFast.from_pretrained(folder, local_files_only=True))
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Prompts -> ids (b, 77); padding is id 1. What does not fit is cut, and a UserWarning shows it."""
-        ids = self.tokenizer(texts, padding="max_length", max_length=77, truncation=True).input_ids
-        for text, whole in zip(texts, self.tokenizer(texts, verbose=False).input_ids):
-            if len(whole) > 77:
-                dropped = self.tokenizer.decode(whole[76:-1])
-                warnings.warn(
-                    f"the prompt is longer than 77 tokens; this part was dropped: {dropped!r}", stacklevel=2
-                )
-        return torch.tensor(ids)

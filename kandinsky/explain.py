@@ -116,7 +116,7 @@ def trace(
 
 def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
     ids, mask = pipe.tokenizer([found.settings["prompt"]])
-    found.tokens = pipe.tokenizer.tokenizer.convert_ids_to_tokens(ids[0, mask[0]].tolist())
+    found.tokens = pipe.tokenizer.tokens(ids[0, mask[0]].tolist())
     estimates: list[Tensor] = []
 
     def watch(step: Step) -> None:

@@ -13,15 +13,10 @@ from torch import Tensor
 from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError, open_safetensors
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig
-from kandinsky.encoders import (
-    CLIPImageEncoder,
-    CLIPTextEncoder,
-    MultilingualCLIP,
-    MultilingualTokenizer,
-    PromptTokenizer,
-)
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
+from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
 from kandinsky.schedulers import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
 from kandinsky.unet import UNet
 
@@ -164,8 +159,8 @@ class Parts:
 
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
-        if not isinstance(tokenizer, PromptTokenizer) and hasattr(tokenizer, "model_max_length"):
-            tokenizer = PromptTokenizer(tokenizer)  # one of transformers'
+        if not isinstance(tokenizer, PromptTokenizer) and hasattr(tokenizer, "backend_tokenizer"):
+            tokenizer = PromptTokenizer.from_transformers(tokenizer)  # one of transformers'
         self._constants["tokenizer"] = arguments.instance(tokenizer, "tokenizer", (PromptTokenizer,))
 
     @property

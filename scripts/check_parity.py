@@ -347,7 +347,7 @@ class ZeroImage(nn.Module):
 def reference_pipeline(pipe: Kandinsky) -> Any:
     """diffusers' combined pipeline at the weights that ours has loaded."""
     import diffusers
-    from transformers import CLIPImageProcessor
+    from transformers import CLIPImageProcessor, CLIPTokenizer
 
     schedulers_ = [schedulers.to_config(s) for s in (pipe.scheduler, pipe.prior_scheduler)]
     decoder, prior = (getattr(diffusers, c["_class_name"]).from_config(c) for c in schedulers_)
@@ -365,7 +365,7 @@ def reference_pipeline(pipe: Kandinsky) -> Any:
         prior_prior=reference_for(pipe.prior),
         prior_image_encoder=ZeroImage(pipe.zero_image_embeds, image_size).to(pipe.dtype),
         prior_text_encoder=reference_for(pipe.text_encoder),
-        prior_tokenizer=pipe.tokenizer.tokenizer,
+        prior_tokenizer=CLIPTokenizer.from_pretrained(pipe.prior_folder / "tokenizer"),
         prior_scheduler=prior,
         prior_image_processor=CLIPImageProcessor(),
     )

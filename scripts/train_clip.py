@@ -15,7 +15,8 @@ from kandinsky.clip_training import (
     load_image_encoder,
 )
 from kandinsky.config import CLIPImageConfig, CLIPTextConfig
-from kandinsky.encoders import EncoderLayer, PromptTokenizer
+from kandinsky.encoders import EncoderLayer
+from kandinsky.prompts import PromptTokenizer
 from kandinsky.repository import copy_folder
 from kandinsky.training import initialize
 from kandinsky.vocabulary import write_tokenizer
@@ -73,7 +74,7 @@ def make_towers(args, vocab_size: int) -> tuple[CLIPImageEncoder, CLIPTextEncode
 def make_objective(args):
     data, fresh = training_cli.data_of(args), training_cli.fresh_data_of(args)
     tokenizer = make_tokenizer(args, data)
-    image_encoder, text_encoder = make_towers(args, len(tokenizer.tokenizer))
+    image_encoder, text_encoder = make_towers(args, len(tokenizer))
     scene = args.scene_weight if args.data is None else 0.0
     if args.stage == "image":
         return TowerObjective(image_encoder, load_image_encoder(args.out), data, fresh)

@@ -22,9 +22,10 @@ from kandinsky.config import UNetConfig
 from kandinsky.datasets import Samples, with_holes
 from kandinsky.diffusion_training import DecoderObjective, Painter, widen
 from kandinsky.embedding_cache import Cache, build_cache, encode_decoder_texts
-from kandinsky.encoders import MultilingualCLIP, MultilingualTokenizer
+from kandinsky.encoders import MultilingualCLIP
 from kandinsky.masks import keep_latents
 from kandinsky.parts import zero_image_embeds
+from kandinsky.prompts import MultilingualTokenizer
 from kandinsky.repository import write_decoder_repository, write_decoder_repository_2_1
 from kandinsky.schedulers import DDPMScheduler
 from kandinsky.training import initialize

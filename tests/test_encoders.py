@@ -1,15 +1,10 @@
-"""Both CLIP towers against transformers' classes, and the tokenizer around transformers' own."""
-
-import warnings
+"""Both CLIP towers against transformers' classes."""
 
 import pytest
 import torch
-from transformers import CLIPTokenizer
 
-from kandinsky.checkpoint import CheckpointError
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, PromptTokenizer
-from kandinsky.random_weights import write_tokenizer
-from tests.helpers import SHARED, randn, relative_l2
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from tests.helpers import randn, relative_l2
 from tests.small import ours, reference_image_encoder, reference_text_encoder
 
 END = 518
@@ -82,57 +77,3 @@ def test_wrong_inputs_are_refused_with_both_sizes():
         ours(CLIPTextEncoder, reference_text_encoder())(torch.zeros(1, 78, dtype=torch.long))
     with pytest.raises(ValueError, match=r"pixels is \(1, 3, 25, 24\), needs \(b, 3, 24, 24\)"):
         ours(CLIPImageEncoder, reference_image_encoder())(randn(1, 3, 25, 24))
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory):
-    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def test_tokens_are_transformers_up_to_padding(tokenizer_folder):
-    texts = ["a red cat", "", "Ünïcode, 4k ☂  spaces", " ".join(["ca"] * 75)]
-    theirs = CLIPTokenizer.from_pretrained(tokenizer_folder)(
-        texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-    )
-    with pytest.warns(UserWarning, match="dropped"):
-        ids, mask = PromptTokenizer.from_pretrained(tokenizer_folder)(texts)
-    assert ids.shape == mask.shape == (4, 77)
-    assert torch.equal(ids, theirs["input_ids"]) and torch.equal(mask, theirs["attention_mask"].bool())
-    short_ids, short_mask = PromptTokenizer.from_pretrained(tokenizer_folder)(texts[:2])
-    n = int(mask[:2].sum(dim=1).max())
-    assert torch.equal(short_ids, ids[:2, :n]) and torch.equal(short_mask, mask[:2, :n])
-
-
-@pytest.mark.parametrize("words, dropped", [(75, None), (76, "cat"), (80, "cat cat cat cat cat")])
-def test_what_77_tokens_do_not_hold_is_reported_to_the_letter(tokenizer_folder, words, dropped):
-    tokenizer = PromptTokenizer.from_pretrained(tokenizer_folder)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        ids, _ = tokenizer([" ".join(["cat"] * words), "red"])
-    messages = [str(w.message) for w in caught]
-    wanted = f"the prompt is longer than 77 tokens; this part was dropped: {dropped!r}"
-    assert messages == ([] if dropped is None else [wanted])
-    assert ids.shape == (2, 77) and ids[0, -1] == END
-
-
-@pytest.mark.parametrize(
-    "text, warns", [("красный кот", True), ("ein röter Kätzchen", False), ("4k, ☂!", False)]
-)
-def test_a_prompt_in_another_script_is_warned_of(tokenizer_folder, text, warns):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        PromptTokenizer.from_pretrained(tokenizer_folder)([text])
-    assert [("understands English only" in str(w.message)) for w in caught] == [True] * warns
-
-
-def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no such file: .*vocab.json"):
-        PromptTokenizer.from_pretrained(tmp_path)
-
-
-def test_the_official_settings_cut_at_77():
-    folder = SHARED / "checkpoints" / "official_small_files" / "kandinsky-2-2-prior" / "tokenizer"
-    if not (folder / "vocab.json").exists():
-        pytest.skip("needs the official vocabulary")
-    ids, _ = PromptTokenizer.from_pretrained(folder)(["a red cat"])
-    assert ids.tolist() == [[49406, 320, 736, 2368, 49407]]

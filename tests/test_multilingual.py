@@ -8,9 +8,10 @@ import torch
 
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.config import MultilingualConfig, read_config
-from kandinsky.encoders import MultilingualCLIP, MultilingualTokenizer
+from kandinsky.encoders import MultilingualCLIP
 from kandinsky.inspection import attention_maps
 from kandinsky.optimize import optimize, restore
+from kandinsky.prompts import MultilingualTokenizer
 from tests.helpers import relative_l2
 from tests.small import ours, reference_multilingual, write_multilingual_tokenizer
 

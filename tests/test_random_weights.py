@@ -28,8 +28,8 @@ from kandinsky import Kandinsky, random_weights
 from kandinsky.checkpoint import open_safetensors
 from kandinsky.cli import WEIGHTS
 from kandinsky.config import read_config
-from kandinsky.encoders import MultilingualTokenizer, PromptTokenizer
 from kandinsky.parts import compute_zero_image_embeds
+from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
 from tests.helpers import SHARED, relative_l2
 from tests.test_scripts import load
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from kandinsky import ImageEmbeds, Kandinsky, lora
 from kandinsky.checkpoint import CheckpointError
-from kandinsky.encoders import MultilingualTokenizer
+from kandinsky.prompts import MultilingualTokenizer
 from tests import small
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM

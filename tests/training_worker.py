@@ -8,9 +8,10 @@ import torch
 from kandinsky.clip_training import CLIPObjective
 from kandinsky.config import CLIPImageConfig, CLIPTextConfig, MoVQConfig
 from kandinsky.datasets import Shapes
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, PromptTokenizer
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 from kandinsky.movq import MoVQ
 from kandinsky.movq_training import MoVQObjective
+from kandinsky.prompts import PromptTokenizer
 from kandinsky.training import Settings, Trainer, initialize, processes
 
 
@@ -22,7 +23,7 @@ def movq_objective() -> MoVQObjective:
 def clip_objective(tokenizer: Path) -> CLIPObjective:
     prompts = PromptTokenizer.from_pretrained(tokenizer)
     image = initialize(CLIPImageEncoder(CLIPImageConfig(32, 8, 32, 1, 2, 64, 32)), 0)
-    text = initialize(CLIPTextEncoder(CLIPTextConfig(len(prompts.tokenizer), 77, 32, 1, 2, 64, 32)), 1)
+    text = initialize(CLIPTextEncoder(CLIPTextConfig(len(prompts), 77, 32, 1, 2, 64, 32)), 1)
     return CLIPObjective(image, text, prompts, Shapes(0, 32), {"fresh": Shapes(1, 32)})
 
 

@@ -1,0 +1,158 @@
+"""CLIP's tokenizer against transformers' own; 2.1's is tested in test_multilingual.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from kandinsky.checkpoint import CheckpointError
+from kandinsky.cli import WEIGHTS
+from kandinsky.prompts import PromptTokenizer
+from kandinsky.random_weights import write_tokenizer
+from tests.helpers import SHARED
+
+END = 518
+
+PIECES = ["a red cat", "<|endoftext|>", "<|STARTOFTEXT|>", "it's we'll i'm you're I've he'd can't", "ǅ", "猫"]
+PIECES += ["\u2028", "\u00a0", "\u0000", "e\u0301"]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=12), max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def compare(tokenizer: PromptTokenizer, theirs: CLIPTokenizer, texts: list[str]) -> None:
+    given = {"padding": "longest", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+    wanted = theirs(texts, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids, mask = tokenizer(texts)
+    assert torch.equal(ids, wanted["input_ids"]) and torch.equal(mask, wanted["attention_mask"].bool())
+
+
+def vocabularies() -> list:
+    official = SHARED / "checkpoints" / "official_small_files" / "kandinsky-2-2-prior" / "tokenizer"
+    return [WEIGHTS / "mini-prior" / "tokenizer", *([official] if (official / "vocab.json").exists() else [])]
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json", "transformers"])
+@pytest.mark.parametrize("folder", vocabularies(), ids=lambda folder: folder.parent.name)
+def test_tokens_are_transformers(folder, kind, tmp_path):
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    theirs(["a", "a b c"], padding="longest", max_length=3, truncation=True)  # its settings are not ours
+    if kind == "transformers":
+        tokenizer = PromptTokenizer.from_transformers(theirs)
+    elif kind == "tokenizer.json":
+        theirs.save_pretrained(tmp_path)
+        assert not (tmp_path / "vocab.json").exists()
+        tokenizer = PromptTokenizer.from_pretrained(tmp_path)
+    else:
+        tokenizer = PromptTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == len(theirs)
+    ids = theirs("a red <|endoftext|>☂").input_ids
+    assert tokenizer.tokens(ids) == theirs.convert_ids_to_tokens(ids)
+    compare(
+        tokenizer,
+        theirs,
+        ["a red cat", "", "I'm sure he'd've", "Ünïcode, 4k ☂  spaces", " ".join(["ca"] * 75), "x" * 500],
+    )
+    given(st.lists(TEXTS, min_size=1, max_size=4))(
+        settings(max_examples=60, deadline=None)(lambda texts: compare(tokenizer, theirs, texts))
+    )()
+
+
+@pytest.mark.parametrize("pads", [("!", "<|endoftext|>"), ("<|endoftext|>", "!")])
+def test_padding_is_what_transformers_reads_from_two_files(tokenizer_folder, pads, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    for name, pad in zip(("tokenizer_config.json", "special_tokens_map.json"), pads):
+        said = json.loads((tmp_path / "tokenizer" / name).read_text()) | {"pad_token": pad}
+        (tmp_path / "tokenizer" / name).write_text(json.dumps(said))
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer = PromptTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.pad == theirs.pad_token_id == tokenizer.engine.token_to_id(pads[1])
+    compare(tokenizer, theirs, ["a red cat", "cat"])
+
+
+def test_padding_ends_with_the_longest_prompt(tokenizer_folder):
+    tokenizer = PromptTokenizer.from_pretrained(tokenizer_folder)
+    ids, mask = tokenizer(["a red cat", ""])
+    assert ids.shape == mask.shape and mask.sum(dim=1).tolist() == [ids.shape[1], 2]
+    assert ids[1].tolist() == [END - 1, *[END] * (ids.shape[1] - 1)]
+
+
+def test_transformers_is_not_imported(tokenizer_folder):
+    code = (
+        "import sys; from kandinsky.prompts import PromptTokenizer;"
+        f"PromptTokenizer.from_pretrained({str(tokenizer_folder)!r})(['a']);"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("vocab.json", "{", "holds no readable tokenizer"),
+        ("merges.txt", "zz qq\n", "holds no readable tokenizer"),
+        ("tokenizer.json", "[]", "holds no readable tokenizer"),
+        ("tokenizer_config.json", "[]", "holds a JSON list"),
+    ],
+)
+def test_a_broken_file_is_named_in_one_line(tokenizer_folder, tmp_path, name, content, message):
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        PromptTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_padding_that_is_no_token_is_refused(tokenizer_folder, tmp_path):
+    CLIPTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": "<nothing>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="pads with '<nothing>', no token of its own"):
+        PromptTokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("words, dropped", [(75, None), (76, "cat"), (80, "cat cat cat cat cat")])
+def test_what_77_tokens_do_not_hold_is_reported_to_the_letter(tokenizer_folder, words, dropped):
+    tokenizer = PromptTokenizer.from_pretrained(tokenizer_folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ids, _ = tokenizer([" ".join(["cat"] * words), "red"])
+    messages = [str(w.message) for w in caught]
+    wanted = f"the prompt is longer than 77 tokens; this part was dropped: {dropped!r}"
+    assert messages == ([] if dropped is None else [wanted])
+    assert ids.shape == (2, 77) and ids[0, -1] == END
+
+
+@pytest.mark.parametrize(
+    "text, warns", [("красный кот", True), ("ein röter Kätzchen", False), ("4k, ☂!", False)]
+)
+def test_a_prompt_in_another_script_is_warned_of(tokenizer_folder, text, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PromptTokenizer.from_pretrained(tokenizer_folder)([text])
+    assert [("understands English only" in str(w.message)) for w in caught] == [True] * warns
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file: .*vocab.json"):
+        PromptTokenizer.from_pretrained(tmp_path)
+
+
+def test_the_official_settings_cut_at_77():
+    folder = SHARED / "checkpoints" / "official_small_files" / "kandinsky-2-2-prior" / "tokenizer"
+    if not (folder / "vocab.json").exists():
+        pytest.skip("needs the official vocabulary")
+    ids, _ = PromptTokenizer.from_pretrained(folder)(["a red cat"])
+    assert ids.tolist() == [[49406, 320, 736, 2368, 49407]]
