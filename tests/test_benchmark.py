@@ -13,6 +13,7 @@ from kandinsky.cli import WEIGHTS
 from tests.test_scripts import load, run
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_imports(capsys):
     assert run("benchmark", "import", "--runs", "1", "--json") == 0
     results = json.loads(capsys.readouterr().out)
@@ -30,6 +31,7 @@ def test_the_benchmark_measures_the_mask(capsys):
         assert run("benchmark", "mask", "--pixels", *refused) == 2
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_parts_beside_their_distance(capsys):
     small = ["parts", "--size", "small", "--pixels", "32", "--runs", "3"]
     assert run("benchmark", *small, "--json") == 0
@@ -69,6 +71,7 @@ def test_the_roofline_counts_each_product_and_what_it_moves():
     assert work.seconds(peak=1e30, bandwidth=2.0) == sum(size for _, size in work.layers) / 2
 
 
+@pytest.mark.slow
 def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, monkeypatch):
     module = load("benchmark")
     monkeypatch.setattr(
@@ -126,6 +129,7 @@ def test_the_kernels_that_a_network_spends_its_time_in(capsys):
     assert any("convolution" in name for name in kernels)
 
 
+@pytest.mark.slow
 def test_whole_pictures_are_timed_by_size(capsys, monkeypatch):
     args = ["pictures", "--runs", "1", "--steps", "2", "--prior-steps", "2", "--pixels", "32"]
     assert run("benchmark", *args, "--json") == 0
@@ -150,6 +154,7 @@ def test_whole_pictures_are_timed_by_size(capsys, monkeypatch):
     assert all([line.split("  ")[0] for line in table[1:]] == list(results) for table in tables)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_rewrite_alone_and_in_sum(capsys):
     ladder = ["ladder", "--size", "small", "--pixels", "32", "--runs", "2", "--parts", "unet", "movq"]
     assert run("benchmark", *ladder, "--json") == 0
@@ -163,6 +168,7 @@ def test_the_benchmark_measures_each_rewrite_alone_and_in_sum(capsys):
         assert all(len(runs) == 2 for runs in part["seconds"].values())
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_a_whole_process_and_its_memory(capsys, random_folder):
     small = ["--weights", random_folder / "kandinsky-2-2-decoder", "--steps", "2", "--prior-steps", "2"]
     assert run("benchmark", "start", "--runs", "1", *small) == 0

@@ -358,6 +358,7 @@ def test_a_disk_that_fills_up_on_the_way_is_one_line(place, monkeypatch, capsys)
     assert place.run() == 0 and place.there() == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_in_the_middle_it_ends_well_the_next_time(place, how):
     place.hub.faults[WEIGHTS] = Fault(hold_after=50_000, times=1)

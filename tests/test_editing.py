@@ -66,6 +66,7 @@ def inputs(task: str, i: int | None) -> dict:
     return given | ({"strength": strengths[task]} if task in strengths else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negative", [False, True], ids=["", "negative"])
 @pytest.mark.parametrize("own_latents", [False, True], ids=["", "latents"])
 @pytest.mark.parametrize("lists", [False, True], ids=["one", "lists"])

@@ -14,6 +14,8 @@ from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import half_mask
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--steps", "2", "--prior-steps", "2"]
 CALL = {"num_inference_steps": 2, "prior_num_inference_steps": 2}
 

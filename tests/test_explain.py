@@ -15,6 +15,8 @@ from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import half_mask
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red cat, 4k photo"
 STEPS = {"prior_num_inference_steps": 4, "num_inference_steps": 5}
 CHROMIUM = shutil.which("chromium")

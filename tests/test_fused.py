@@ -139,6 +139,7 @@ def compiled_calls(monkeypatch) -> list:
     return calls
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_blocks_give_the_same_and_come_back(compiled_calls):
     unet = ours(UNet, small.reference_unet())
@@ -153,6 +154,7 @@ def test_compiled_blocks_give_the_same_and_come_back(compiled_calls):
     assert torch.equal(unet_output(unet), plain) and not compiled_calls
 
 
+@pytest.mark.slow
 def test_a_pipeline_compiles_what_it_reads_later_and_takes_loras(compiled_calls, decoder_folder):
     pipe, quick = Kandinsky.from_pretrained(decoder_folder), {"num_inference_steps": 2, "seed": 0}
     quick |= {"prior_num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}

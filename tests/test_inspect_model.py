@@ -29,6 +29,7 @@ COUNTS = {  # parameters of the published files
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_totals_are_those_of_the_published_files(name, capsys):
     assert run("inspect_model", name, "--json") == 0

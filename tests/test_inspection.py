@@ -55,6 +55,7 @@ def test_looking_at_everything_changes_no_bit_and_leaves_no_hook(run, fast):
     assert hooks_of(network) == 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_named_module_that_runs_can_be_changed_alone():
     unet = ours(UNet, small.reference_unet())

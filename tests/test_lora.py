@@ -250,6 +250,7 @@ def test_prepared_forms_work_with_a_lora():
     assert relative_l2(prior.step(x, t, prior.prefill(*text)), prior(x, t, *text)) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_network_with_a_lora_is_one_graph_to_torch_compile():
     prior = ours(Prior, reference_prior())
@@ -562,9 +563,14 @@ def test_stable_diffusion_helpers_prefix_the_metadata_too(tmp_path):
 # --- what is refused -------------------------------------------------------------------------------------
 
 
+@functools.lru_cache
+def left_alone() -> UNet:
+    return ours(UNet, reference_unet())
+
+
 def refusal(path, network=None) -> str:
     """The one line with which a file is refused, on a network that it must leave alone."""
-    network = network or ours(UNet, reference_unet())
+    network = network or left_alone()
     layers = layers_of(network)
     with pytest.raises(CheckpointError) as error:
         load_lora(network, path)
@@ -574,7 +580,7 @@ def refusal(path, network=None) -> str:
 
 def rewritten(tmp_path, edit, style="F3", header=None) -> Path:
     """A good file for the small U-Net, edited."""
-    path = write_style(random_factors(reference_unet()), tmp_path / FILE, style, header)
+    path = write_style(random_factors(left_alone()), tmp_path / FILE, style, header)
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path, {"format": "pt"} | ({HEADER_KEY: json.dumps(header)} if header else {}))
@@ -818,6 +824,7 @@ def test_pipeline_equals_one_with_changed_weights(pipe, files):
     assert relative_l2(draw(pipe), draw(expected)) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_networks_that_are_freed_get_their_loras_again(decoder_folder, files, dtype):
     pipes = [

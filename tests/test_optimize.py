@@ -172,6 +172,7 @@ def test_winograd_in_bands_equals_all_at_once(monkeypatch, most_tiles):
     assert bands.shape == whole.shape and relative_l2(bands, whole) <= 1e-6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("numbers", [1, 3000, 2**30])
 @pytest.mark.parametrize("rewrites", [("row bands",), USUAL])
@@ -380,6 +381,7 @@ def test_gradients_pass_through_an_optimized_network():
     assert relative_l2(*(z.grad for z in latents)) <= 1e-4
 
 
+@pytest.mark.slow
 @needs_packing
 def test_a_backward_pass_without_gradients_of_inputs_does_not_crash():
     """In a process of its own: packed layers in front of plain ones once ended it."""

@@ -10,6 +10,8 @@ from kandinsky import random_weights
 from kandinsky.unet import UNet
 from tests.test_scripts import load
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--only", "prior", "--only", "unet", "--only", "text_encoder"]
 
 

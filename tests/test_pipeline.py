@@ -343,6 +343,7 @@ def test_ddim_and_unclipped_schedulers_drive_whole_pictures(tmp_path, reference)
         assert relative_l2(pipe.text2img(embeds=embeds, seed=3, **settings), wanted) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_close_to_float32_as_diffusers(decoder_folder, reference, dtype):
     """Median over 8 seeds, small size: at most 1.3 times diffusers' own distance."""
@@ -588,6 +589,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_dropped(pipe, r
         our_pictures(pipe, 1, prompt="cat " * 75)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale, images, prompts", itertools.product([0, 1, 1.5, 4], [1, 3], [1, 2]))
 def test_every_combination_of_guidance_images_and_prompts_works(pipe, scale, images, prompts):
     """diffusers crashes at scales <= 1 with several images, and at two prompts with one negative string."""

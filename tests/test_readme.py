@@ -39,6 +39,7 @@ def test_readme_has_the_two_commands_it_promises():
     assert '\npip install -e . && python scripts/text2img.py "' in README
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run_one_after_the_other(decoder_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
@@ -82,6 +83,7 @@ def shell_commands() -> list[str]:
     return [part.strip() for line in lines for part in line.split("  #")[0].split(" && ")]
 
 
+@pytest.mark.slow
 def test_the_shell_blocks_run_or_are_skipped_for_a_reason(
     decoder_folder, inpaint_folder, hint_folder, tmp_path, monkeypatch, capfd
 ):

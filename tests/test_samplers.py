@@ -80,6 +80,7 @@ def test_a_learned_variance_is_refused_and_other_schedules_are_taken_over():
     assert solver.timesteps(2) == [(499, 250), (250, -1)]  # 249.5 goes to the even one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["text2img", "img2img", "inpaint", "hint", "hint img2img"])
 def test_pipelines_equal_diffusers(pipe, inpainter, hinted, task):
     """On latents: without clipping those of random weights leave MoVQ's range, and show only rounding."""

@@ -80,6 +80,7 @@ def test_every_value_occurs_about_equally_often():
         assert min(counts.values()) > 0.6 * len(objects) / len(expected)
 
 
+@pytest.mark.slow
 def test_a_scene_is_the_same_in_another_process_and_leaves_global_random_state_alone():
     code = (
         "import hashlib; from random import Random; from kandinsky.shapes import *;"
@@ -316,6 +317,7 @@ def everything(picture):
     return noisy(shifted(blurred(picture)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_objects", [1, 2, 3])
 @pytest.mark.parametrize("spoil", [clean, noisy, blurred, shifted, resized, compressed, everything])
 def test_true_pairs_are_right(spoil, num_objects: int):
@@ -329,6 +331,7 @@ def test_held_out_pairs_are_seen_as_well_as_others():
     assert np.mean([judge(render(scene), caption(scene, Random(0))).right for scene in scenes]) >= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_objects", [1, 2, 3])
 def test_shuffled_captions_are_right_by_chance_only(num_objects: int):
     """Colour and shape alone: one in 74 for a single object, if it stood anywhere on any ground."""
@@ -337,6 +340,7 @@ def test_shuffled_captions_are_right_by_chance_only(num_objects: int):
     assert np.mean([judge(*pair).right for pair in pairs]) <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_objects", [1, 2, 3])
 def test_hard_negatives_are_wrong(num_objects: int):
     rng = Random(5)

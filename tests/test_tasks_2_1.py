@@ -29,6 +29,8 @@ from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import HEIGHT, WIDTH, generator, half_mask, quiet
 
+pytestmark = pytest.mark.slow
+
 PROMPT, NEGATIVE, STEPS = "a red cat", "кот", {"num_inference_steps": 4}
 OURS = {**STEPS, "height": HEIGHT, "width": WIDTH, "output_type": "pt"}
 CLASSES = {

@@ -84,6 +84,7 @@ def assert_same_gradients(ours_: torch.nn.Module, theirs: torch.nn.Module, toler
         assert error <= tolerance, f"{name}: {error}"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     steps, whole = 40, start_worker("movq", tmp_path / "whole", 40, 2)
     finish(whole)
@@ -109,6 +110,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     assert [line["step"] for line in lines if "loss" in line] == [10, 20, 30, 40]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     tokenizer = tmp_path / "tokenizer"
     write_tokenizer(Shapes(0, 8).load(list(range(200))).captions, tokenizer)
@@ -622,6 +624,7 @@ def test_a_large_picture_is_read_in_little_memory(tmp_path, monkeypatch):
     assert (x / 2 + 0.5 - wanted.mean((2, 4))).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_pictures_learns_them(tmp_path):
     data = Folder(write_folder(tmp_path / "pictures"), 16)
     movq = initialize(MoVQ(MoVQConfig((32, 32), 1, num_vq_embeddings=20, norm_num_groups=16)), 0)

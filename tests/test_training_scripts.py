@@ -25,6 +25,8 @@ from kandinsky.training import own_device
 from tests.helpers import relative_l2
 from tests.test_training import write_folder
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SHORT = ["--steps", "2", "--batch-size", "4", "--sample-every", "2", "--save-every", "2", "--warmup", "1"]
 TOWERS = [
