@@ -39,113 +39,19 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from kandinsky import bands, fused, graphs, movq, packed, prior, unet, winograd
-from kandinsky.packed import (
-    Packed,
-    PackedKernel,
-    Placeholder,
-    Shared,
-    can_pack,
-    pack,
-    wants_gradient,
+from kandinsky import bands, fused, graphs, movq, prior, unet, winograd
+from kandinsky.packed import Packed, Placeholder, pack
+from kandinsky.upsampling import (
+    FusedMergedUpResnetBlock,
+    Merged,
+    MergedUpResnetBlock,
+    MergedUpsample,
+    MergedUpsampling,
+    conv_of,
 )
 
 QUERIES = 1024  # rows of the attention matrix at a time
-
-
-class MergedUpsampling(Shared):
-    """Nearest-neighbour doubling and the 3×3 convolution behind it, as one 2×2 convolution.
-
-    Output pixel 2i + p reads rows i - 1 + p and i + p of the small map, p = 0 or 1: for p = 0 the first tap
-    falls on the one and the other two on the next; for p = 1 the first two and the last.
-    """
-
-    def __init__(self, conv: nn.Conv2d):
-        weight = conv.weight.detach().float()
-        rows = torch.stack([_first_alone(weight, 2), _last_alone(weight, 2)])
-        kernels = torch.stack(
-            [_first_alone(rows, 4), _last_alone(rows, 4)], dim=1
-        )  # (2, 2, c_out, c_in, 2, 2)
-        self.weight = kernels.flatten(0, 2).to(conv.weight.dtype)
-        self.bias = None if conv.bias is None else conv.bias.detach().repeat(4)
-        self.out_channels, self.packed = conv.out_channels, None
-        if can_pack(conv.weight):
-            self.packed = PackedKernel(self.weight, (1, 1), (1, 1), (1, 1))
-            self.weight = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(b, c_in, h, w) -> (b, c_out, 2h, 2w)"""
-        b, _, h, w = x.shape
-        shape = (b, self.out_channels, 2 * h, 2 * w)
-        doubled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=bands.order_of(x))
-        for rows in bands.bands(h, doubled.numel()):
-            band, start = bands.with_halo(x, rows)
-            parts = self._convolve(band).unflatten(1, (2, 2, -1))  # (b, 2, 2, c, band's rows + 1, w + 1)
-            out, first = doubled[:, :, 2 * rows.start : 2 * rows.stop], rows.start - start
-            for p in (0, 1):
-                for q in (0, 1):
-                    part = parts[:, p, q, :, first + p :, q : q + w]
-                    out[:, :, p::2, q::2] = part[:, :, : rows.stop - rows.start]
-        return doubled
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.conv2d(x, self.weight, self.bias, padding=1)
-        return self.packed(x, self.bias)
-
-
-def _first_alone(taps: Tensor, dim: int) -> Tensor:
-    first, second, third = taps.unbind(dim)
-    return torch.stack([first, second + third], dim)
-
-
-def _last_alone(taps: Tensor, dim: int) -> Tensor:
-    first, second, third = taps.unbind(dim)
-    return torch.stack([first + second, third], dim)
-
-
-class _Merged:
-    """A block whose `merged` stands for an upsampling and the convolution behind it."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        """Casts and moves the convolution's own weight, and merges anew."""
-        order = None if self.merged.weight is None else bands.order_of(self.merged.weight)
-        super()._apply(fn, recurse)
-        self.merged = MergedUpsampling(_conv_of(self))
-        if order is not None and self.merged.weight is not None:
-            self.merged.weight = self.merged.weight.to(memory_format=order)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(packed.NO_NEW_WEIGHTS)
-
-
-class MergedUpResnetBlock(_Merged, unet.ResnetBlock):
-    """The U-Net's block that doubles the map."""
-
-    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor]) -> Tensor:
-        if wants_gradient(x, self.conv1.weight):
-            return super().forward(x, modulation)
-        scale, shift = (m[:, :, None, None] for m in modulation)
-        out = self.merged(F.silu(self.norm1(x)))
-        out = self.norm2(out) * (1 + scale) + shift
-        return self.conv_shortcut(self.resize(x)) + self.conv2(F.silu(out))
-
-
-class FusedMergedUpResnetBlock(_Merged, fused.FusedResnetBlock):
-    """Both in one; out of a merged block by `fuse_norms`."""
-
-    def resized(self, x: Tensor) -> Tensor:
-        return super().resized(x) if wants_gradient(x, self.conv1.weight) else self.merged(x)
-
-
-class MergedUpsample(_Merged, movq.Upsample):
-    """MoVQ's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if wants_gradient(x, self.conv.weight) else self.merged(x)
 
 
 class LowSpatialNorm(movq.SpatialNorm):
@@ -207,7 +113,7 @@ def merge_upsampling(network: nn.Module) -> int:
     for block in list(network.modules()):
         doubles = type(block) is movq.Upsample
         doubles |= type(block) is unet.ResnetBlock and isinstance(block.resize, nn.UpsamplingNearest2d)
-        if doubles and type(conv := _conv_of(block)) is nn.Conv2d:
+        if doubles and type(conv := conv_of(block)) is nn.Conv2d:
             block.merged, block.__class__ = MergedUpsampling(conv), MERGED[type(block)]
             count += 1
     return count
@@ -244,7 +150,7 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
             layer.weight.data, layer.was_contiguous = reordered, True
             count += 1
     for block in network.modules():
-        if isinstance(block, _Merged) and block.merged.weight is not None:
+        if isinstance(block, Merged) and block.merged.weight is not None:
             block.merged.weight = block.merged.weight.to(memory_format=torch.channels_last)
     return count
 
@@ -284,17 +190,13 @@ def use_winograd(network: nn.Module) -> int:
 
 def merged_convs(network: nn.Module) -> set[nn.Module]:
     """The convolutions that a merged upsampling stands for: they are not called."""
-    return {_conv_of(block) for block in network.modules() if isinstance(block, _Merged)}
+    return {conv_of(block) for block in network.modules() if isinstance(block, Merged)}
 
 
 def uncalled(network: nn.Module) -> set[nn.Module]:
     """The layers that others stand for: hooks on them see nothing."""
     blocks = [b for b in network.modules() if isinstance(b, fused.FusedResnetBlock)]
     return merged_convs(network) | {norm for block in blocks for norm in (block.norm1, block.norm2)}
-
-
-def _conv_of(block: nn.Module) -> nn.Conv2d:
-    return block.conv if isinstance(block, movq.Upsample) else block.conv1
 
 
 def _leave_the_file(network: nn.Module) -> None:

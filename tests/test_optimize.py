@@ -16,12 +16,11 @@ from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.optimize import (
     REWRITES,
     USUAL,
-    MergedUpResnetBlock,
-    MergedUpsampling,
     is_optimized,
     optimize,
     restore,
 )
+from kandinsky.upsampling import MergedUpResnetBlock, MergedUpsampling
 from tests import small
 from tests.helpers import needs_bfloat16_kernels, randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours
