@@ -9,7 +9,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.10,<2.14",  # older ones: weights_only=True is not safe
-        "transformers>=5.0,<6",
+        "transformers>=5.0,<6",  # brings tokenizers, which kandinsky/prompts.py reads prompts with
         "safetensors>=0.4.3",
         "huggingface-hub>=1.0,<3",
         "einops>=0.8",

@@ -49,10 +49,13 @@ class Shapes:
     size: int = 64
     split: str = "train"
     hints: bool = False
-    num_objects: Sequence[float] = shapes.NUM_OBJECTS
+    object_weights: Sequence[float] = shapes.OBJECT_WEIGHTS
+
+    def __post_init__(self) -> None:
+        shapes.check_object_weights(self.object_weights)
 
     def load(self, indices: list[int]) -> Samples:
-        given = self.size, self.split, self.num_objects
+        given = self.size, self.split, self.object_weights
         pixels, captions, scenes = shapes.batch(self.seed, indices, *given)
         if not self.hints:
             return Samples(pixels, captions, scenes)

@@ -10,8 +10,8 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
 
     packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU); a
                         convolution's at its first call, and again when batch, height or width change
-    merged upsampling   doubling by nearest neighbour, then a 3×3 convolution: an output pixel sees 2×2 inputs
-                        only, so four 2×2 convolutions of the small map do what one of the large map does
+    merged upsampling   doubling by nearest neighbour and the 3×3 convolution behind it as one
+                        (`kandinsky.upsampling`)
     low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size
     row bands           MoVQ's maps of more than 64 M numbers go through norm and convolution in bands
                         (`kandinsky.bands`): no further map of that size for each norm

@@ -3,8 +3,10 @@
     prompt ─ PromptTokenizer → ids (b, n), mask (b, n)     n is the longest prompt's length, at most 77
     prompt ─ MultilingualTokenizer → ids (b, 77)
 
-Both are the Hub's own engine, `tokenizers`. CLIP's is set up here, as transformers sets it up: importing
-transformers takes longer than all of a small picture's other imports but PyTorch.
+Both are transformers' tokenizers. But importing transformers takes longer than anything else before a small
+picture except importing PyTorch, and CLIP's tokenizer is no more than settings of the engine below it,
+`tokenizers`. So the published files are read by that engine, set up alike; only what was added to them needs
+transformers.
 """
 
 import warnings
@@ -16,44 +18,61 @@ from torch import Tensor
 
 from kandinsky.checkpoint import CheckpointError, read_json
 
-# Contractions, runs of letters, single digits, runs of anything else: what merges never cross.
+# Contractions, runs of letters, single digits, runs of anything else: merges join no two of these.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-SPECIAL["pad_token"] = SPECIAL["eos_token"]
+START, END = "<|startoftext|>", "<|endoftext|>"
+SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}  # where files do not say
+ADDED = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
 LONGEST = 77
 
 
 class PromptTokenizer:
     """CLIP's tokenizer; pads no further than the longest prompt and says what it cuts.
 
-    engine: a `tokenizers.Tokenizer`; pad: the id that fills up.
+    engine: a `tokenizers.Tokenizer`, set here to neither pad nor cut; pad: the id that fills up.
     """
 
     def __init__(self, engine: Any, pad: int, max_length: int = LONGEST):
-        self.engine, self.pad, self.max_length = engine, pad, min(max_length, LONGEST)
+        self.engine, self.pad, self.max_length = engine, pad, min(int(max_length), LONGEST)
+        if self.max_length < 2:
+            raise ValueError(f"model_max_length is {max_length}; a start and an end need 2")
         engine.no_padding()
         engine.no_truncation()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "PromptTokenizer":
-        """Reads `tokenizer.json`, or `vocab.json` and `merges.txt`; what is missing or broken is a
-        CheckpointError."""
-        folder, settings = Path(folder), {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (folder / name).exists():
-                settings |= read_json(folder / name)
-        special = {name: _added_token(settings.get(name) or text) for name, text in SPECIAL.items()}
-        engine = read_engine(folder, special)
-        pad = engine.token_to_id(special["pad_token"].content)
-        if pad is None:
-            raise CheckpointError(f"{folder} pads with {special['pad_token'].content!r}, no token of its own")
-        return cls(engine, pad, settings.get("model_max_length") or LONGEST)
+        """Reads `vocab.json` and `merges.txt`, as published, or any other form that transformers reads.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or names a special token that is not in it.
+        """
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").exists():
+            for name in ("vocab.json", "merges.txt"):
+                if not (folder / name).exists():
+                    raise CheckpointError(f"no such file: {folder / name}")
+        settings = _read_settings(folder)
+        others = any((folder / name).exists() for name in ("tokenizer.json", "added_tokens.json"))
+        try:
+            if others or any(settings.get(name) for name in ADDED):
+                from transformers import CLIPTokenizer
+
+                return cls.from_transformers(CLIPTokenizer.from_pretrained(folder, local_files_only=True))
+            special = {name: _special_token(settings.get(name) or token) for name, token in SPECIAL.items()}
+            engine = _read_engine(folder, special)
+            pad = engine.token_to_id(special["pad_token"].content)
+            return cls(engine, pad, settings.get("model_max_length") or LONGEST)
+        except Exception as error:  # neither library raises anything finer
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(f"{folder} holds no readable tokenizer ({message})") from None
 
     @classmethod
     def from_transformers(cls, tokenizer: Any) -> "PromptTokenizer":
         """From a CLIPTokenizer, which is copied: its own calls set how it pads and cuts."""
         from tokenizers import Tokenizer
 
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no token to pad with; set its pad_token")
         engine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         return cls(engine, tokenizer.pad_token_id, tokenizer.model_max_length)
 
@@ -69,6 +88,8 @@ class PromptTokenizer:
         What does not fit into 77 tokens is cut, and a UserWarning shows it; another warns of prompts in other
         scripts than Latin, which the tower does not understand.
         """
+        if not texts:
+            raise ValueError("no prompts were given")
         rows = []
         for text, whole in zip(texts, self.engine.encode_batch(texts)):
             letters = [character for character in text if character.isalpha()]
@@ -89,7 +110,16 @@ class PromptTokenizer:
         return ids, torch.arange(n) < lengths[:, None]
 
 
-def _added_token(said: str | dict[str, Any]) -> Any:
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Special tokens and the longest prompt; of two files that differ, transformers believes the second."""
+    settings = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings |= read_json(folder / name)
+    return settings
+
+
+def _special_token(said: str | dict[str, Any]) -> Any:
     """A special token as the settings name it, with how it is found in a text."""
     from tokenizers import AddedToken
 
@@ -99,22 +129,16 @@ def _added_token(said: str | dict[str, Any]) -> Any:
     return AddedToken(said["content"], special=True, **how)
 
 
-def read_engine(folder: Path, special: dict[str, Any]) -> Any:
-    """The `tokenizers.Tokenizer` of a folder's files; special: tokens by transformers' names for them."""
+def _read_engine(folder: Path, special: dict[str, Any]) -> Any:
+    """The `tokenizers.Tokenizer` of the published files, as transformers' CLIPTokenizer sets it up."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    whole, pieces = folder / "tokenizer.json", [folder / "vocab.json", folder / "merges.txt"]
-    for path in () if whole.exists() else pieces:
-        if not path.exists():
-            raise CheckpointError(f"no such file: {path}")
-    try:
-        if whole.exists():
-            return Tokenizer.from_file(str(whole))
-        unknown = special["unk_token"].content
-        given = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": "", "unk_token": unknown}
-        engine = Tokenizer(models.BPE.from_file(*map(str, pieces), **given))
-    except Exception as error:  # the engine raises nothing finer
-        raise CheckpointError(f"{folder} holds no readable tokenizer ({error})") from None
+    files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
+    given = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": ""}
+    engine = Tokenizer(models.BPE.from_file(*files, **given, unk_token=special["unk_token"].content))
+    for name, token in special.items():
+        if engine.token_to_id(token.content) is None:
+            raise ValueError(f"its {name} {token.content!r} is not in vocab.json")
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     engine.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)

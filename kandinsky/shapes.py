@@ -44,7 +44,7 @@ RADII = {"small": (0.13, 0.145), "large": (0.19, 0.22)}  # 17 to 18 and 24 to 28
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 ANCHORS = (0.2, 0.5, 0.8)  # of the three columns, and of the three rows
 PLACE_JITTER = 0.05
-NUM_OBJECTS = (9, 9, 2)  # how often a scene has one, two and three
+OBJECT_WEIGHTS = (9, 9, 2)  # how often a scene has one, two and three objects
 MARGIN, GAP = 0.025, 0.05  # least distance to the picture's edge, and between two objects
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # directions
 
@@ -131,17 +131,21 @@ class Claim:
     background: str | None = None
 
 
+def check_object_weights(weights: Sequence[float]) -> None:
+    if len(weights) != 3 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise ValueError(f"object_weights are {tuple(weights)}; three are needed, none below 0, not all 0")
+
+
 def random_scene(
-    seed: int, index: int, split: str = "train", num_objects: Sequence[float] = NUM_OBJECTS
+    seed: int, index: int, split: str = "train", object_weights: Sequence[float] = OBJECT_WEIGHTS
 ) -> Scene:
     """The index-th scene of a seed. split "train" never has a held-out colour-shape pair, "held_out" always
-    has one. num_objects: how often a scene has one, two and three, as weights. Raises ValueError."""
+    has one. object_weights: how often a scene has one, two and three objects. Raises ValueError."""
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', not {split!r}")
-    if len(num_objects) != 3 or min(num_objects) < 0 or not 0 < sum(num_objects) < math.inf:
-        raise ValueError(f"num_objects must be three weights, none below 0 and one above, not {num_objects}")
+    check_object_weights(object_weights)
     rng = Random(f"{seed} {index} {split}")
-    count = rng.choices((1, 2, 3), num_objects)[0]
+    count = rng.choices((1, 2, 3), object_weights)[0]
     background = rng.choice(BACKGROUNDS)
     pairs = _random_pairs(rng, count, background, split)
     objects = None
@@ -286,11 +290,11 @@ def batch(
     indices: Iterable[int],
     size: int = 64,
     split: str = "train",
-    num_objects: Sequence[float] = NUM_OBJECTS,
+    object_weights: Sequence[float] = OBJECT_WEIGHTS,
 ) -> tuple[Tensor, list[str], list[Scene]]:
     """Pixels (b, 3, size, size) float32 in [-1, 1], one caption each, and the scenes."""
     indices = list(indices)
-    scenes = [random_scene(seed, index, split, num_objects) for index in indices]
+    scenes = [random_scene(seed, index, split, object_weights) for index in indices]
     captions = [
         caption(scene, Random(f"{seed} {index} {split} caption")) for scene, index in zip(scenes, indices)
     ]

@@ -10,6 +10,7 @@ from torch import nn
 from kandinsky import arguments
 from kandinsky.datasets import Dataset, Folder, Shapes
 from kandinsky.lora import add_lora, train_only_lora
+from kandinsky.shapes import OBJECT_WEIGHTS
 from kandinsky.training import Objective, Settings, Trainer, checkpoint_blocks, own_device, processes
 
 
@@ -21,11 +22,12 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--data", type=Path, help="folder of captioned pictures; default: kandinsky.shapes")
     parser.add_argument("--size", type=int, default=64, help="side of the training pictures in pixels")
     parser.add_argument(
-        "--num-objects",
+        "--object-weights",
         nargs=3,
         type=float,
         metavar=("ONE", "TWO", "THREE"),
-        help="how often kandinsky.shapes draws one, two and three objects, as weights; default: 9 9 2",
+        help="how often kandinsky.shapes draws one, two and three objects to train on, default: "
+        f"{' '.join(map(str, OBJECT_WEIGHTS))}; what --out has encoded already is kept",
     )
     parser.add_argument("--steps", type=int, default=settings.steps, help="updates in all")
     parser.add_argument("--batch-size", type=int, default=settings.batch_size, help="of each process")
@@ -116,13 +118,10 @@ def settings_of(args: Namespace) -> Settings:
 
 
 def shapes_of(args: Namespace, hints: bool = False) -> Shapes:
-    if args.num_objects is None:
-        return Shapes(args.seed, args.size, hints=hints)
-    if args.data is not None:
-        raise ValueError("--num-objects is for kandinsky.shapes, and goes without --data")
-    data = Shapes(args.seed, args.size, hints=hints, num_objects=args.num_objects)
-    data.load([0])  # refuses weights that are none
-    return data
+    if args.object_weights is not None and args.data is not None:
+        raise ValueError("--object-weights is for kandinsky.shapes, and goes without --data")
+    weights = tuple(args.object_weights or OBJECT_WEIGHTS)
+    return Shapes(args.seed, args.size, hints=hints, object_weights=weights)
 
 
 def data_of(args: Namespace, hints: bool = False) -> Dataset:

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -89,15 +87,6 @@ def test_padding_ends_with_the_longest_prompt(tokenizer_folder):
     assert ids[1].tolist() == [END - 1, *[END] * (ids.shape[1] - 1)]
 
 
-def test_transformers_is_not_imported(tokenizer_folder):
-    code = (
-        "import sys; from kandinsky.prompts import PromptTokenizer;"
-        f"PromptTokenizer.from_pretrained({str(tokenizer_folder)!r})(['a']);"
-        "sys.exit('transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -105,6 +94,16 @@ def test_transformers_is_not_imported(tokenizer_folder):
         ("merges.txt", "zz qq\n", "holds no readable tokenizer"),
         ("tokenizer.json", "[]", "holds no readable tokenizer"),
         ("tokenizer_config.json", "[]", "holds a JSON list"),
+        (
+            "tokenizer_config.json",
+            '{"model_max_length": 1}',
+            "model_max_length is 1; a start and an end need 2",
+        ),
+        ("tokenizer_config.json", '{"model_max_length": [1]}', "TypeError"),
+        ("special_tokens_map.json", '{"pad_token": [1]}', "TypeError"),
+        ("special_tokens_map.json", '{"pad_token": {"lstrip": true}}', "KeyError: 'content'"),
+        ("special_tokens_map.json", '{"pad_token": "<no>"}', "its pad_token '<no>' is not in vocab.json"),
+        ("special_tokens_map.json", '{"bos_token": "<no>"}', "its bos_token '<no>' is not in vocab.json"),
     ],
 )
 def test_a_broken_file_is_named_in_one_line(tokenizer_folder, tmp_path, name, content, message):
@@ -115,12 +114,42 @@ def test_a_broken_file_is_named_in_one_line(tokenizer_folder, tmp_path, name, co
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_a_padding_that_is_no_token_is_refused(tokenizer_folder, tmp_path):
-    CLIPTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path)
-    said = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"pad_token": "<nothing>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
-    with pytest.raises(CheckpointError, match="pads with '<nothing>', no token of its own"):
-        PromptTokenizer.from_pretrained(tmp_path)
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_tokens_that_were_added_are_read_as_transformers_reads_them(tokenizer_folder, tmp_path, file):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    if file == "added_tokens.json":
+        (folder / file).write_text('{"<my-cat>": 519}')
+    elif (
+        file == "tokenizer_config.json"
+    ):  # where it lists added tokens, the other file's padding does not count
+        said = json.loads((folder / file).read_text()) | {"pad_token": "!"}
+        token = {
+            "content": "<my-cat>",
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "special": False,
+        }
+        token |= {"single_word": False}
+        (folder / file).write_text(json.dumps(said | {"added_tokens_decoder": {"519": token}}))
+    else:
+        theirs = CLIPTokenizer.from_pretrained(folder)
+        theirs.add_tokens("<my-cat>")
+        theirs.save_pretrained(folder)
+    theirs, tokenizer = CLIPTokenizer.from_pretrained(folder), PromptTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == len(theirs) == 520 and tokenizer.pad == theirs.pad_token_id
+    compare(tokenizer, theirs, ["a red <my-cat>", "cat"])
+    assert 519 in tokenizer(["a red <my-cat>"])[0]
+
+
+def test_what_cannot_be_read_or_padded_is_refused(tokenizer_folder):
+    with pytest.raises(ValueError, match="no prompts were given"):
+        PromptTokenizer.from_pretrained(tokenizer_folder)([])
+    theirs = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    theirs.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no token to pad with"):
+        PromptTokenizer.from_transformers(theirs)
 
 
 @pytest.mark.parametrize("words, dropped", [(75, None), (76, "cat"), (80, "cat cat cat cat cat")])

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser
 from collections import Counter
 from functools import lru_cache
 from itertools import combinations, permutations
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from kandinsky import shapes
+from kandinsky import shapes, training_cli
 from kandinsky.judge import Verdict, compare, hard_negative, judge, see, shows
 from kandinsky.shapes import Claim, Object, ObjectClaim, Scene, caption, parse, random_scene, render
 
@@ -31,7 +32,7 @@ CHECKS = ("objects", "colour", "shape", "size", "place", "relation", "background
 @lru_cache
 def sample(num_objects: int) -> list[tuple[Scene, np.ndarray, str]]:
     rng = Random(num_objects)
-    scenes = [random_scene(11, index, num_objects=ONLY[num_objects]) for index in range(NUM_SCENES)]
+    scenes = [random_scene(11, index, object_weights=ONLY[num_objects]) for index in range(NUM_SCENES)]
     return [(scene, render(scene), caption(scene, rng)) for scene in scenes]
 
 
@@ -63,7 +64,7 @@ def test_training_never_shows_a_held_out_pair_and_the_other_split_always_does():
     assert len({pair for pairs in trained for pair in pairs}) == 80 - len(shapes.HELD_OUT)
     counts = Counter(map(len, trained))
     assert abs(counts[1] - counts[2]) < 150 and 100 < counts[3] < 250
-    busy = Counter(len(random_scene(3, index, num_objects=(0, 1, 3)).objects) for index in range(400))
+    busy = Counter(len(random_scene(3, index, object_weights=(0, 1, 3)).objects) for index in range(400))
     assert 0.2 < busy[2] / 400 < 0.3 and busy[2] + busy[3] == 400
 
 
@@ -225,9 +226,9 @@ def test_other_captions_are_refused(text: str):
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="validation"):
         random_scene(0, 0, "validation")
-    for weights in ((0, 0, 0), (1, -1, 1), (1, 1), (1, 1, math.nan)):
-        with pytest.raises(ValueError, match=re.escape(f"none below 0 and one above, not {weights}")):
-            random_scene(0, 0, num_objects=weights)
+    for weights in ((0, 0, 0), (1, -1, 1), (1, 1), (1, 1, math.nan), (1, 1, math.inf)):
+        with pytest.raises(ValueError, match=re.escape(f"object_weights are {weights}; three are needed")):
+            random_scene(0, 0, object_weights=weights)
     with pytest.raises(ValueError, match="float32"):
         see(np.zeros((64, 64, 3), np.float32))
     with pytest.raises(ValueError, match="64 × 32"):
@@ -282,6 +283,14 @@ def test_a_batch_holds_the_rendered_scenes():
     again, words, _ = shapes.batch(3, [8])
     assert torch.equal(again[0], pixels[3]) and words == captions[3:]
     assert shapes.batch(3, [0], size=32, split="held_out")[0].shape == (1, 3, 32, 32)
+
+
+def test_the_flag_for_the_numbers_of_objects_is_what_is_drawn():
+    parser = ArgumentParser()
+    training_cli.add_training_flags(parser)
+    args = parser.parse_args(["--out", "no", "--object-weights", "0", "1", "0"])
+    scenes = training_cli.data_of(args).load(list(range(20))).scenes
+    assert {len(scene.objects) for scene in scenes} == {2}
 
 
 def clean(picture):
