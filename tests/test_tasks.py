@@ -107,7 +107,7 @@ OURS = {**STEPS, "prior_num_inference_steps": 3, "output_type": "pt"}
 def test_img2img_equals_diffusers(pipe, references, strength, negative_prompt, guidance_scale):
     image = picture(WIDTH, HEIGHT)
     settings = {"strength": strength, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    for seed in (0, 7, 123):
+    for seed in (0, 123):
         theirs = references("img2img", seed, image=image, **STEPS, **settings)
         ours = pipe.img2img(PROMPT, image=image, seed=seed, **OURS, **settings)
         assert relative_l2(ours, theirs) <= 1e-4
@@ -117,7 +117,7 @@ def test_img2img_equals_diffusers(pipe, references, strength, negative_prompt, g
 def test_inpaint_without_pasting_equals_diffusers(inpainter, references, negative_prompt, guidance_scale):
     image, mask = picture(WIDTH, HEIGHT), half_mask()
     settings = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    for seed in (0, 7, 123):
+    for seed in (0, 123):
         theirs = references("inpaint", seed, image=image, mask_image=mask.copy(), **STEPS, **settings)
         ours = inpainter.inpaint(
             PROMPT, image=image, mask_image=mask, keep_unmasked=False, seed=seed, **OURS, **settings
@@ -181,7 +181,7 @@ def test_embed_from_equals_diffusers(pipe, prior_parts, strength, negative_promp
     reference = quiet(KandinskyV22PriorEmb2EmbPipeline(**prior_parts))
     image = picture(37, 24)
     settings = {"strength": strength, "num_inference_steps": 7, "guidance_scale": guidance_scale}
-    for seed in (0, 7, 123):
+    for seed in (0, 123):
         theirs = reference(
             PROMPT, image, negative_prompt=negative_prompt, generator=generator(seed), **settings
         )
@@ -214,7 +214,7 @@ def test_mix_equals_diffusers_interpolate(
     items, weights = [PROMPT, picture(40, 30), OTHER, picture(9, 50, seed=1)], [0.3, -0.2, 0.5, 0.4]
     settings = {"negative_prompt": negative_prompt, "negative_prior_prompt": negative_prior_prompt}
     settings |= {"num_inference_steps": 4, "guidance_scale": guidance_scale}
-    for seed in (0, 7, 123):
+    for seed in (0, 123):
         theirs = prior_pipeline.interpolate(items, weights, generator=generator(seed), **settings)
         ours = pipe.mix(items, weights, seed=seed, **settings)
         assert relative_l2(ours.image_embeds, theirs.image_embeds) <= 1e-5
