@@ -1,0 +1,54 @@
+"""The mean of networks, and what cannot be averaged."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kandinsky import Prior
+from tests.small import reference_prior
+from tests.test_scripts import run
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, seed in (("a", 0), ("b", 1), ("c", 2)):
+        reference_prior(seed).save_pretrained(tmp_path / name)
+    tensors = {key: x.half() for key, x in load_file(tmp_path / "a" / FILE).items()}
+    save_file(tensors, tmp_path / "a" / FILE)
+    return tmp_path
+
+
+def test_the_mean_of_three_networks_loads(folders):
+    given = [folders / name for name in "abc"]
+    assert run("average_weights", *map(str, given), "--out", str(folders / "mean")) == 0
+    mean, parts = load_file(folders / "mean" / FILE), [load_file(folder / FILE) for folder in given]
+    assert mean.keys() == parts[0].keys()
+    for key, tensor in mean.items():
+        wanted = torch.stack([part[key].double() for part in parts]).mean(dim=0)
+        assert tensor.dtype == torch.float16 and (tensor - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    assert Prior.from_pretrained(folders / "mean").config == Prior.read_config(folders / "a")
+
+
+def test_what_cannot_be_averaged_is_refused_in_one_line(folders, capsys):
+    config = json.loads((folders / "b" / "config.json").read_text())
+    (folders / "b" / "config.json").write_text(json.dumps(config | {"num_layers": 2}))
+    tensors = load_file(folders / "c" / FILE)
+    save_file(dict(list(tensors.items())[1:]), folders / "c" / FILE)
+    (folders / "none").mkdir()
+    (folders / "none" / "config.json").write_text("{}")
+    for others, message in (
+        ([], "there is nothing to average it with"),
+        (["b"], "b has another config.json than"),
+        (["c"], "c has other tensors than"),
+        (["gone"], "no such file"),
+    ):
+        given = [str(folders / name) for name in ("a", *others)]
+        assert run("average_weights", *given, "--out", str(folders / "mean")) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1 and not (folders / "mean").exists()
+    assert run("average_weights", *[str(folders / "none")] * 2, "--out", str(folders / "mean")) == 2
+    assert "holds 0 safetensors files; one is needed" in capsys.readouterr().err
