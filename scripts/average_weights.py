@@ -14,7 +14,13 @@ from kandinsky.checkpoint import open_safetensors, read_json, write_json, write_
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="two or more")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="a network's, as mini-prior/prior; two or more",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in the dtypes of the first")
     return parser.parse_args(argv)
 
@@ -25,7 +31,17 @@ def read(folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
     if len(files) != 1:
         raise CheckpointError(f"{folder} holds {len(files)} safetensors files; one is needed")
     file = open_safetensors(files[0])
-    return files[0].name, {name: file.get_tensor(name) for name in file.keys()}
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+    whole = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if whole:
+        raise CheckpointError(f"{files[0]} holds {whole[0]}, whole numbers, which have no mean")
+    return files[0].name, tensors
+
+
+def sizes(config: dict) -> dict:
+    """Without what says where a file came from."""
+    origin = ("transformers_version", "torch_dtype", "dtype")
+    return {name: value for name, value in config.items() if name[0] != "_" and name not in origin}
 
 
 @cli.one_line_errors
@@ -34,10 +50,12 @@ def main(argv=None) -> int:
     first, *others = args.folders
     if not others:
         raise ValueError(f"only {first} is given; there is nothing to average it with")
+    if args.out.resolve() in {folder.resolve() for folder in args.folders}:
+        raise ValueError(f"--out {args.out} is one of the folders to average")
     config, (name, mean) = read_json(first / "config.json"), read(first)
     total = {key: tensor.float() for key, tensor in mean.items()}
     for folder in others:
-        if read_json(folder / "config.json") != config:
+        if sizes(read_json(folder / "config.json")) != sizes(config):
             raise CheckpointError(f"{folder} has another config.json than {first}")
         _, tensors = read(folder)
         if {key: x.shape for key, x in tensors.items()} != {key: x.shape for key, x in mean.items()}:

@@ -23,6 +23,8 @@ def folders(tmp_path):
 
 
 def test_the_mean_of_three_networks_loads(folders):
+    config = json.loads((folders / "b" / "config.json").read_text())
+    (folders / "b" / "config.json").write_text(json.dumps(config | {"_name_or_path": "somewhere"}))
     given = [folders / name for name in "abc"]
     assert run("average_weights", *map(str, given), "--out", str(folders / "mean")) == 0
     mean, parts = load_file(folders / "mean" / FILE), [load_file(folder / FILE) for folder in given]
@@ -38,6 +40,11 @@ def test_what_cannot_be_averaged_is_refused_in_one_line(folders, capsys):
     (folders / "b" / "config.json").write_text(json.dumps(config | {"num_layers": 2}))
     tensors = load_file(folders / "c" / FILE)
     save_file(dict(list(tensors.items())[1:]), folders / "c" / FILE)
+    reference_prior(3).save_pretrained(folders / "whole")
+    tensors = load_file(folders / "whole" / FILE)
+    save_file(tensors | {"position_ids": torch.arange(3)}, folders / "whole" / FILE)
+    reference_prior(3).save_pretrained(folders / "two")
+    save_file(tensors, folders / "two" / "other.safetensors")
     (folders / "none").mkdir()
     (folders / "none" / "config.json").write_text("{}")
     for others, message in (
@@ -45,10 +52,14 @@ def test_what_cannot_be_averaged_is_refused_in_one_line(folders, capsys):
         (["b"], "b has another config.json than"),
         (["c"], "c has other tensors than"),
         (["gone"], "no such file"),
+        (["whole"], "holds position_ids, whole numbers"),
+        (["two"], "holds 2 safetensors files; one is needed"),
     ):
         given = [str(folders / name) for name in ("a", *others)]
         assert run("average_weights", *given, "--out", str(folders / "mean")) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and not (folders / "mean").exists()
+    assert run("average_weights", str(folders / "a"), str(folders / "b"), "--out", str(folders / "a")) == 2
+    assert "is one of the folders to average" in capsys.readouterr().err
     assert run("average_weights", *[str(folders / "none")] * 2, "--out", str(folders / "mean")) == 2
     assert "holds 0 safetensors files; one is needed" in capsys.readouterr().err
