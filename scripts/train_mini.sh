@@ -67,8 +67,7 @@ decoder --init "$out/mini-decoder" --out "$out/more/mini-decoder" --count 150000
 task --task inpaint --out "$out/more/mini-decoder-inpaint" --steps 2058
 task --task hint --out "$out/more/mini-controlnet-depth" --steps 1745 --batch-size 128
 
-# 8. The prior once more, on other and busier shapes, on the CPU; then the mean of it and of what it started from: each
-# of the two drew 91 % of 300 captions of seen pairs right, their mean 95 %.
+# 8. The prior once more, on other and busier shapes, on the CPU; then the mean of it and of what it started from.
 busier="--seed 20 --object-weights 3 4 3 --count 60000"
 train train_prior --clip "$out/clip" --init "$out/more/mini-prior" --out "$out/busier/mini-prior" $busier --steps 1350 \
     --batch-size 128 --noises 4 --train-text --own-steps 0.5 --learning-rate 5e-4 --warmup 50 --decay 0.7 --ema 0.997
