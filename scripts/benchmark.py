@@ -269,9 +269,8 @@ MEASURE = {"import": measure_imports, "start": measure_start, "mask": measure_ma
 def main(argv=None) -> int:
     args = parse_args(argv)
     if args.what == "cuda":
-        Kandinsky.from_pretrained(
-            args.weights
-        ).need_prior()  # a wrong folder is said before minutes are spent
+        # a wrong folder is said before minutes are spent
+        Kandinsky.from_pretrained(args.weights).need_prior()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if args.what == "cuda":
         run_cuda(args)
