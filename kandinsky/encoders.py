@@ -1,4 +1,4 @@
-"""CLIP's two towers (arXiv:2103.00020; 2.2 uses OpenCLIP's ViT-bigG/14), 2.1's multilingual one.
+"""CLIP's two towers (arXiv:2103.00020; 2.2 uses OpenCLIP's ViT-bigG/14) and 2.1's multilingual one.
 
     prompt ─ PromptTokenizer → ids (b, n) ─ CLIPTextEncoder → text_states (b, n, d), text_embeds (b, d)
     picture ─ images.clip_pixels → (b, 3, 224, 224) ─ CLIPImageEncoder → image_embeds (b, d)
