@@ -1,135 +1,147 @@
-"""The U-Net's step, and the prior's, as one CUDA graph: its many kernels are launched by one call.
+"""A step of the U-Net or the prior, or MoVQ's decoding, as one CUDA graph: many kernels launched by one call.
 
-A graph repeats the same kernels on the same memory. So all that changes between steps (the sample, scale and
-shift of the U-Net's blocks, the prior's timestep; with a new plan or prompt the keys and values and the
-hint's features too) is copied into buffers that stay where they are. It is captured anew when a size changes,
-a weight lies elsewhere than before, or `attention` is another function in `kandinsky.unet` or `.prior`. Other
-patches inside the blocks it does not notice.
+A graph repeats the same kernels on the same memory. So what it reads is copied into buffers that stay where
+they are: what changes at each call (the sample, scale and shift of the U-Net's blocks, the prior's timestep),
+and what a whole loop keeps (keys and values, the hint's features) when it is another than before. It is
+captured anew when a size changes, a weight lies elsewhere than before, or `attention` is another function in
+`kandinsky.unet`, `.prior` or `.movq`. Other patches inside the blocks it does not notice.
 """
 
 import weakref
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kandinsky import movq as movqs
 from kandinsky import prior as priors
 from kandinsky import unet as unets
+from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior, PriorCache
-from kandinsky.unet import Conditioning, Plan, UNet
+from kandinsky.unet import Plan, UNet
 
 WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
 
 
 class _Graphed(nn.Module):
+    """A network whose `graph` is replayed on a CUDA device, but where there are hooks or gradients."""
+
+    def replayed(
+        self, computes: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
+    ) -> Tensor:
+        """compute(*changing, *kept), of which `kept` are the same tensors in most calls."""
+        graph = vars(self).get("graph")
+        if graph is None or not graph.fits(computes, changing, kept):
+            self.graph = graph = None  # its memory is free before the next is captured
+            self.graph = graph = Graph(computes, compute, changing, kept)
+        return graph.replay(changing, kept)
+
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         self.graph = None
         return super()._apply(fn, recurse)
 
 
 class GraphedUNet(_Graphed, UNet):
-    """A U-Net on a CUDA device whose `step` replays a graph, but where there are hooks or gradients."""
-
     def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
-        if not can_replay(self, x):
+        computes = what_computes(self, x)
+        if computes is None:
             return super().step(x, plan, index)
-        given, graph = self.conditioning(plan, index), vars(self).get("graph")
-        if graph is None or not graph.fits(self, x, given, plan):
-            self.graph = graph = None  # its memory is free before the next is captured
-            self.graph = graph = StepGraph(self, x, given, plan)
-        return graph.replay(x, given, plan)
+        given = self.conditioning(plan, index)
+        changing = {block: pair for block, pair in given.items() if block not in plan.added}
+        hints = [] if plan.hint_features is None else [plan.hint_features]
+        blocks, hinted = [*changing, *plan.added], bool(hints)
+
+        def compute(x: Tensor, *rest: Tensor) -> Tensor:
+            given = dict(zip(blocks, zip(rest[::2], rest[1::2])))
+            return self.denoise(x, given, rest[-1] if hinted else None)
+
+        kept = [*chain(*plan.added.values()), *hints]
+        return self.replayed(computes, compute, [x, *chain(*changing.values())], kept)
 
 
 class GraphedPrior(_Graphed, Prior):
-    """A prior, likewise."""
-
     def step(self, x: Tensor, t: Tensor, cache: PriorCache) -> Tensor:
-        if not can_replay(self, x):
+        computes = what_computes(self, x)
+        if computes is None:
             return super().step(x, t, cache)
-        graph = vars(self).get("graph")
-        if graph is None or not graph.fits(self, x, t, cache):
-            self.graph = graph = None
-            self.graph = graph = PriorGraph(self, x, t, cache)
-        return graph.replay(x, t, cache)
+
+        def compute(x: Tensor, t: Tensor, mask: Tensor, *rest: Tensor) -> Tensor:
+            return Prior.step(self, x, t, PriorCache(list(zip(rest[::2], rest[1::2])), mask))
+
+        return self.replayed(computes, compute, [x, t], [cache.mask, *chain(*cache.keys_values)])
 
 
-def can_replay(network: nn.Module, x: Tensor) -> bool:
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
-    return x.is_cuda and not torch.is_grad_enabled() and not hooked
+class GraphedMoVQ(_Graphed, MoVQ):
+    """From the second decoding of a size on: a single picture is not worth a capture."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        computes = what_computes(self, latents)
+        again, self.decoded = vars(self).get("decoded") == latents.shape, latents.shape
+        if computes is None or not again:
+            return super().decode(latents)
+        return self.replayed(computes, lambda z: MoVQ.decode(self, z), [latents], [])
 
 
-class StepGraph:
-    """A captured step of the U-Net, and the buffers that it reads."""
+class Graph:
+    """What was captured, and the buffers that it reads."""
 
     @torch.inference_mode(False)  # the buffers are written to in later calls, whatever mode these run in
     @torch.no_grad()
-    def __init__(self, unet: UNet, x: Tensor, given: Conditioning, plan: Plan):
-        self.x, self.plan, self.computes = x.clone(), weakref.ref(plan), what_computes(unet)
-        self.given = {block: (a.clone(), b.clone()) for block, (a, b) in given.items()}
-        self.hint_features = None if plan.hint_features is None else plan.hint_features.clone()
-        self.run, self.out = capture(lambda: unet.denoise(self.x, self.given, self.hint_features))
+    def __init__(
+        self, computes: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
+    ):
+        self.changing, self.kept = ([tensor.clone() for tensor in given] for given in (changing, kept))
+        self.copied, self.computes = [weakref.ref(tensor) for tensor in kept], computes
+        with torch.cuda.device_of(self.changing[0]):
+            self.run, self.out = capture(lambda: compute(*self.changing, *self.kept))
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the network captures its own."""
 
-    def fits(self, unet: UNet, x: Tensor, given: Conditioning, plan: Plan) -> bool:
-        if x.shape != self.x.shape or what_computes(unet) != self.computes:
-            return False
-        hinted = (plan.hint_features is None) == (self.hint_features is None)
-        return plan is self.plan() or (hinted and shapes(given) == shapes(self.given))
+    def fits(self, computes: list, changing: list[Tensor], kept: list[Tensor]) -> bool:
+        given, buffers = changing + kept, self.changing + self.kept
+        return computes == self.computes and [*map(form, given)] == [*map(form, buffers)]
 
-    def replay(self, x: Tensor, given: Conditioning, plan: Plan) -> Tensor:
-        new = [] if plan is self.plan() else [*plan.added]
-        if new and plan.hint_features is not None:
-            self.hint_features.copy_(plan.hint_features)
-        changed = [block for block in given if block in new or block not in plan.added]
-        into = [tensor for block in changed for tensor in self.given[block]]
-        torch._foreach_copy_([self.x, *into], [x, *(tensor for block in changed for tensor in given[block])])
-        self.plan = weakref.ref(plan)
+    def replay(self, changing: list[Tensor], kept: list[Tensor]) -> Tensor:
+        copy_all(self.changing, changing)
+        if any(tensor is not copied() for tensor, copied in zip(kept, self.copied)):
+            copy_all(self.kept, kept)
+            self.copied = [weakref.ref(tensor) for tensor in kept]
         self.run()
         return self.out.clone()
 
 
-class PriorGraph:
-    """A captured step of the prior, and the buffers that it reads."""
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(self, prior: Prior, x: Tensor, t: Tensor, cache: PriorCache):
-        self.x, self.t, self.computes = x.clone(), t.clone(), what_computes(prior)
-        self.known = PriorCache([(k.clone(), v.clone()) for k, v in cache.keys_values], cache.mask.clone())
-        self.copied = weakref.ref(cache.mask), weakref.ref(cache.keys_values[0][0])  # of which prompt
-        self.run, self.out = capture(lambda: Prior.step(prior, self.x, self.t, self.known))
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the network captures its own."""
-
-    def fits(self, prior: Prior, x: Tensor, t: Tensor, cache: PriorCache) -> bool:
-        alike = cache.mask.shape == self.known.mask.shape and x.shape == self.x.shape
-        return alike and t.dtype == self.t.dtype and what_computes(prior) == self.computes
-
-    def replay(self, x: Tensor, t: Tensor, cache: PriorCache) -> Tensor:
-        self.t.copy_(t)
-        self.x.copy_(x)
-        parts = cache.mask, cache.keys_values[0][0]
-        if any(part is not copied() for part, copied in zip(parts, self.copied)):
-            self.known.mask.copy_(cache.mask)
-            into, out_of = (sum(map(list, c.keys_values), []) for c in (self.known, cache))
-            torch._foreach_copy_(into, out_of)
-            self.copied = tuple(weakref.ref(part) for part in parts)
-        self.run()
-        return self.out.clone()
+def what_computes(network: nn.Module, x: Tensor) -> list[Any] | None:
+    """The attention, and where each weight lies; None where a graph does not do."""
+    if not x.is_cuda or torch.is_grad_enabled():
+        return None
+    pointers, modules = [], [network]
+    for (
+        module
+    ) in modules:  # asked at each step: `network.modules()` and `parameters()` take five times as long
+        if module is None:
+            continue
+        of = vars(module)
+        if of["_forward_hooks"] or of["_forward_pre_hooks"]:
+            return None
+        for weight in of["_parameters"].values():
+            if weight is not None:
+                pointers.append(weight.data_ptr())
+        modules += of["_modules"].values()
+    return [unets.attention, priors.attention, movqs.attention, *pointers]
 
 
-def what_computes(network: nn.Module) -> list[Any]:
-    """The attention, and where each weight lies."""
-    pointers = (parameter.data_ptr() for parameter in network.parameters())
-    return [unets.attention, priors.attention, *pointers]
+def form(x: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return x.shape, x.dtype
 
 
-def shapes(given: Conditioning) -> list[tuple[torch.Size, torch.Size]]:
-    return [(a.shape, b.shape) for a, b in given.values()]
+def copy_all(into: list[Tensor], out_of: list[Tensor]) -> None:
+    """The tensors of one dtype in one call."""
+    for dtype in {tensor.dtype for tensor in into}:
+        pairs = [pair for pair in zip(into, out_of) if pair[0].dtype == dtype]
+        torch._foreach_copy_(*map(list, zip(*pairs)))
 
 
 def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

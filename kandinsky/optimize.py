@@ -20,12 +20,14 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
                         float32, CPU), of layers with packed weights; their weights are kept twice, the second
                         time four times as large
     channels last       maps and convolution weights in NHWC order, as tensor cores read them (CUDA)
-    fused norms         group norm, scale, shift and SiLU as one compiled function (`kandinsky.fused`; CUDA)
+    fused norms         group norm, scale, shift and SiLU in Triton kernels (`kandinsky.fused`; CUDA)
     compiled blocks     each block under `torch.compile`; the first call waits for the compiler
     cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA)
-    prior graph         the prior's step likewise; only when named: no GPU has run it yet
+    prior graph         the prior's step likewise
+    movq graph          MoVQ's decoding likewise; the memory of one stays taken
 
-Each is done to networks on its device. Compiled blocks are asked for by name or with `compile=True`, for the
+Each is done to networks on its device. The graphs of prior and MoVQ are made only when named: no GPU has run
+them yet. Compiled blocks are asked for by name or with `compile=True`, for the
 compiler's wait. Packed weights and Winograd do not go with them, and those for CUDA are left to the compiler,
 which orders and fuses on its own; a step is then not one launch.
 """
@@ -87,6 +89,7 @@ class ChunkedDecoderAttention(ChunkedAttention, movq.DecoderAttentionBlock):
 FASTER = {
     unet.UNet: graphs.GraphedUNet,
     prior.Prior: graphs.GraphedPrior,
+    movq.MoVQ: graphs.GraphedMoVQ,
     movq.SpatialNorm: LowSpatialNorm,
     movq.ResnetBlock: bands.BandedResnetBlock,
     movq.Decoder: bands.BandedDecoder,
@@ -139,6 +142,10 @@ def use_prior_graph(network: nn.Module) -> int:
     return _swap(network, {prior.Prior}, on="cuda")
 
 
+def use_movq_graph(network: nn.Module) -> int:
+    return _swap(network, {movq.MoVQ}, on="cuda")
+
+
 def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
     """The convolutions' weights; maps follow them."""
     merged = merged_convs(network)
@@ -157,7 +164,7 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
 
 def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
     found = any(type(module) in FUSED for module in network.modules())
-    if found and network.device.type == "cuda" and not fused.can_compile(network.device):
+    if found and network.device.type == "cuda" and not fused.can_run(network.device):
         return 0
     return _swap(network, set(FUSED), on, FUSED)
 
@@ -165,10 +172,17 @@ def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
 def compile_blocks(network: nn.Module) -> int:
     """Blocks that are alike share what is compiled. A copy of the network is not compiled."""
     found = [block for block in network.modules() if isinstance(block, BLOCKS)]
-    fused.allow_recompiling(len(found))
+    allow_recompiling(len(found))
     for block in found:
         block.compile(**COMPILER)
     return len(found)
+
+
+def allow_recompiling(times: int) -> None:
+    """Beyond its limit for a function PyTorch runs it uncompiled, and does not say so."""
+    import torch._dynamo.config as config
+
+    config.recompile_limit = max(config.recompile_limit, times)
 
 
 def pack_weights(network: nn.Module) -> int:
@@ -226,10 +240,11 @@ REWRITES: dict[str, Rewrite] = {
     "compiled blocks": compile_blocks,
     "cuda graph": use_graph,
     "prior graph": use_prior_graph,
+    "movq graph": use_movq_graph,
 }
 
 FOR_CUDA = ("channels last", "fused norms", "cuda graph")
-UNTRIED = ("prior graph",)
+UNTRIED = ("prior graph", "movq graph")
 UNCOMPILED = ("packed weights", "winograd")  # PyTorch's compiler does not see into oneDNN's order
 USUAL = tuple(name for name in REWRITES if name not in ("compiled blocks", *UNTRIED))
 
@@ -289,7 +304,7 @@ def restore(network: nn.Module) -> None:
         if isinstance(layer, Packed):
             layer.unpack()
         elif type(layer) in PLAIN:
-            for made in ("merged", "graph"):
+            for made in ("merged", "graph", "decoded"):
                 vars(layer).pop(made, None)
             layer.__class__ = PLAIN[type(layer)]
         if vars(layer).pop("was_contiguous", False):

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from kandinsky import Kandinsky, Prior, UNet, graphs, lora
-from kandinsky.graphs import GraphedPrior, GraphedUNet
-from kandinsky.optimize import optimize
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, graphs, lora
+from kandinsky.graphs import GraphedMoVQ, GraphedPrior, GraphedUNet
+from kandinsky.optimize import optimize, restore
 from tests import small
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours
@@ -30,9 +30,9 @@ def device(request, monkeypatch) -> str:
 
     monkeypatch.setattr(graphs, "capture", capture)
     if request.param == "cpu":
-        replays = graphs.can_replay
+        what_computes = graphs.what_computes
         as_if = type("OnCuda", (), {"is_cuda": True})()
-        monkeypatch.setattr(graphs, "can_replay", lambda unet, x: replays(unet, as_if))
+        monkeypatch.setattr(graphs, "what_computes", lambda network, x: what_computes(network, as_if))
     return request.param
 
 
@@ -86,7 +86,8 @@ def test_a_first_step_in_inference_mode_and_a_later_one_without(device):
     with torch.no_grad():
         step = graphed.step(2 * x, graphed.prepare(2 * embeds, [7]), 0)
         assert relative_l2(step, plain.step(2 * x, plain.prepare(2 * embeds, [7]), 0)) <= 1e-6
-    assert len(graphs.captured) == 1 and graphed.graph.plan() is None  # a plan is not kept
+    assert len(graphs.captured) == 1
+    assert all(copied() is None for copied in graphed.graph.copied)  # a plan is not kept
 
 
 @torch.no_grad()
@@ -151,6 +152,25 @@ def test_every_step_of_every_prompt_is_the_plain_priors(device, monkeypatch):
     assert vars(graphed)["graph"] is None
 
 
+@torch.no_grad()
+def test_movq_is_captured_at_the_second_decoding_of_a_size(device):
+    plain, graphed = (ours(MoVQ, small.reference_movq()).to(device) for _ in range(2))
+    graphed.__class__ = GraphedMoVQ
+    earlier = None
+    for run, (h, captures) in enumerate([(4, 0), (4, 1), (4, 1), (6, 1), (4, 1), (4, 1), (6, 1), (6, 2)]):
+        z = randn(2, 4, h, 5, seed=run).to(device)
+        pixels = graphed.decode(z)
+        assert relative_l2(pixels, plain.decode(z)) <= 1e-6 and len(graphs.captured) == captures
+        assert earlier is None or torch.equal(*earlier)  # not overwritten
+        earlier = pixels, pixels.clone()
+    twin = copy.deepcopy(graphed)
+    assert vars(twin)["graph"] is None and relative_l2(twin.decode(z), pixels) <= 1e-6
+    graphed.double()
+    assert vars(graphed)["graph"] is None
+    restore(graphed)
+    assert type(graphed) is MoVQ and not {"graph", "decoded"} & set(vars(graphed))
+
+
 def test_hooks_and_gradients_are_served_without_the_graph(device):
     _, graphed = pair(device)
     plan, x, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), randn(1, 4, 8, 8).to(device), []
@@ -209,7 +229,11 @@ def test_a_pipeline_with_graphs_draws_the_plain_ones_picture(decoder_folder):
 
 
 def test_on_the_cpu_there_is_no_graph():
-    prior = ours(Prior, small.reference_prior())
-    assert optimize(prior, ("prior graph",)) == {"prior graph": 0} and type(prior) is Prior
+    for network, name in (
+        (ours(Prior, small.reference_prior()), "prior graph"),
+        (ours(MoVQ, small.reference_movq()), "movq graph"),
+    ):
+        plain = type(network)
+        assert optimize(network, (name,)) == {name: 0} and type(network) is plain
     unet = ours(UNet, small.reference_unet())
     assert optimize(unet)["cuda graph"] == 0 and type(unet) is UNet
