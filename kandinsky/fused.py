@@ -1,9 +1,11 @@
 """A group norm and what follows it, in two readings and one writing of a map in NHWC order, on CUDA.
 
-    mean and variance of each group ─ a, b (batch, c) ─ x·a + b ─ SiLU       one compiled function
+    mean and variance of each group ─ a, b (batch, c) ─ x·a + b ─ SiLU       `kandinsky.fused_kernels`
 
 PyTorch's own group norm brings an NHWC map into NCHW order first, and scale, shift and SiLU each read and
-write it again. What is computed is the same; statistics and sums are float32 in every dtype.
+write it again. What is computed is the same; statistics and sums are float32 in every dtype. PyTorch's
+compiler does not do it: for sizes that vary it reads the channels of a group one by one, far apart in memory,
+and divides long integers for each number; for fixed ones it compiles every size of map for itself.
 """
 
 import warnings
@@ -42,39 +44,36 @@ def norm_silu(
 
 
 @cache
-def compiled() -> Callable:
-    """One kernel for all sizes of maps; the first call of a process takes seconds."""
-    allow_recompiling(64)  # with modulation and without, in three dtypes …
-    return torch.compile(norm_silu, dynamic=True)
-
-
-@cache
 @torch.no_grad()
-def can_compile(device: torch.device) -> bool:
-    """Whether PyTorch's compiler works on this machine: for CUDA it needs Triton and a C compiler."""
+def can_run(device: torch.device) -> bool:
+    """Whether the kernels work on this machine: they need Triton, and it a C compiler."""
     try:
         x, weight = torch.zeros(2, 32, 8, 8, device=device), torch.zeros(32, device=device)
-        compiled()(x.to(memory_format=torch.channels_last), weight, weight, 8, 1e-5)
+        with torch.cuda.device_of(x):
+            kernels()(x, weight, weight, 8, 1e-5)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many kinds, and none is worth a picture
         reason = " ".join(str(error).split())[:120]
-        warnings.warn(f"norms are not fused: PyTorch's compiler does not work here ({reason})", stacklevel=2)
+        warnings.warn(f"norms are not fused: Triton does not work here ({reason})", stacklevel=2)
         return False
     return True
 
 
-def allow_recompiling(times: int) -> None:
-    """Beyond its limit for a function PyTorch runs it uncompiled, and does not say so."""
-    import torch._dynamo.config as config
+def kernels() -> Callable:
+    """`norm_silu` in Triton; the first call of a process takes a second or two."""
+    from kandinsky import fused_kernels
 
-    config.recompile_limit = max(config.recompile_limit, times)
+    return fused_kernels.norm_silu
 
 
 def apply(norm: nn.GroupNorm, x: Tensor, *modulation: Tensor, activate: bool = True) -> Tensor:
-    """`norm_silu` with a norm's weights, compiled where the map is on CUDA."""
-    run = compiled() if x.is_cuda else norm_silu
-    return run(x, norm.weight, norm.bias, norm.num_groups, norm.eps, *modulation, activate=activate)
+    """`norm_silu` with a norm's weights, in Triton where the map is on CUDA."""
+    given = x, norm.weight, norm.bias, norm.num_groups, norm.eps, *modulation
+    if not x.is_cuda:
+        return norm_silu(*given, activate=activate)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        return kernels()(*given, activate=activate)
 
 
 class FusedGroupNorm(nn.GroupNorm):
