@@ -82,6 +82,22 @@ def test_optimized_pictures_are_the_cpus(decoder_folder):
     assert relative_l2(pixels.cpu(), cpu.text2img("a red cat", output_type="pt", **SETTINGS)) <= 1e-4
 
 
+@pytest.mark.parametrize("optimized", [False, True])
+def test_the_loops_do_not_wait_for_the_gpu(decoder_folder, optimized):
+    def strict_between_steps(step):
+        torch.cuda.set_sync_debug_mode("error" if step.index < step.num_steps - 1 else "default")
+
+    pipe = Kandinsky.from_pretrained(decoder_folder, device="cuda")
+    if optimized:
+        pipe.optimize((*USUAL, *UNTRIED))
+    try:
+        embeds = pipe.embed("a red cat", num_inference_steps=4, seed=0, on_step=strict_between_steps)
+        settings = {"embeds": embeds, "height": 32, "width": 48, "num_inference_steps": 4}
+        assert pipe.text2img(seed=0, on_step=strict_between_steps, **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_optimized_hints_and_inpainting_are_the_cpus(inpaint_folder, hint_folder):
     image, quick = picture(48, 32), {"num_inference_steps": 4, "prior_num_inference_steps": 3, "seed": 3}
     quick |= {"output_type": "latent", "image": image}

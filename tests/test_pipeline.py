@@ -19,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModelWithProjection,
@@ -309,6 +310,32 @@ def test_on_step_sees_every_step_and_can_stop_without_decoding(pipe):
     prior_steps = []
     assert pipe.embed(PROMPT, seed=0, on_step=lambda step: prior_steps.append(step.t) or False) is None
     assert prior_steps == [999]
+
+
+@pytest.mark.parametrize("sampler", [None, "dpm++"])
+def test_between_steps_no_number_is_read_back_from_the_device(pipe, sampler):
+    """A GPU would have to finish first, and then wait for the next step's kernels."""
+    reads = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    def between_steps(step):
+        if step.index == 0:
+            watch.__enter__()
+        elif step.index == step.num_steps - 1:
+            watch.__exit__(None, None, None)
+
+    settings = {"height": 16, "width": 16, "num_inference_steps": 4, "sampler": sampler, "seed": 0}
+    for draw in (
+        lambda: pipe.embed(PROMPT, num_inference_steps=4, seed=0, on_step=between_steps),
+        lambda: pipe.text2img(embeds=pipe.embed(PROMPT, seed=0), on_step=between_steps, **settings),
+    ):
+        watch, called = Watch(), []
+        draw()
+        assert len(called) > 100 and not reads & set(called)
 
 
 def test_progress_shows_one_bar_for_each_loop(pipe, capsys):
