@@ -206,9 +206,11 @@ def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "machine", {"device": where, "torch": torch.__version__}
     half, args.dtype = "bfloat16", "bfloat16" if args.device.type == "cuda" else args.dtype
     networks = ["unet", "prior", "movq", "text_encoder"]
-    yield from measure_cuda_parts(args, [(half, networks, 512, False)])
+    yield from measure_convolutions(args)
     for name in ("unet", "movq", "prior"):
+        args.side = 512
         yield f"kernels of {name}", attempt(measure_kernels, args, name)
+    yield from measure_cuda_parts(args, [(half, networks, 512, False)])
     if args.weights != DECODER:
         vars(args).update(dtype=half, compile=True)
         sizes = [(512, 1), (1024, 1), (512, 8)]
@@ -224,7 +226,6 @@ def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
         (half, ["zero_image"], 512, False),
     ]
     yield from measure_cuda_parts(args, plan)
-    yield from measure_convolutions(args)
 
 
 def measure_cuda_parts(args, plan: list[tuple[str, list[str], int, bool]]) -> Iterator[tuple[str, Any]]:
