@@ -45,10 +45,10 @@ def norm_silu(
 
 @cache
 @torch.no_grad()
-def can_run(device: torch.device) -> bool:
+def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels work on this machine: they need Triton, and it a C compiler."""
     try:
-        x, weight = torch.zeros(2, 32, 8, 8, device=device), torch.zeros(32, device=device)
+        x, weight = (torch.zeros(size, device=device, dtype=dtype) for size in ((2, 32, 8, 8), (32,)))
         with torch.cuda.device_of(x):
             kernels()(x, weight, weight, 8, 1e-5)
     except torch.OutOfMemoryError:

@@ -164,7 +164,7 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
 
 def fuse_norms(network: nn.Module, on: str = "cuda") -> int:
     found = any(type(module) in FUSED for module in network.modules())
-    if found and network.device.type == "cuda" and not fused.can_run(network.device):
+    if found and network.device.type == "cuda" and not fused.can_run(network.device, network.dtype):
         return 0
     return _swap(network, set(FUSED), on, FUSED)
 

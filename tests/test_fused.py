@@ -59,9 +59,9 @@ def test_where_triton_does_not_work_norms_stay_as_they_are(monkeypatch):
     can_run = fused.can_run.__wrapped__  # without its memory
     monkeypatch.setattr(fused, "kernels", broken)
     with pytest.warns(UserWarning, match="norms are not fused: .* work here .Failed to find C compiler"):
-        assert not can_run(torch.device("cpu"))
+        assert not can_run(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(fused, "kernels", lambda: fused.norm_silu)
-    assert can_run(torch.device("cpu"))
+    assert can_run(torch.device("cpu"), torch.float32)
 
 
 def unet_output(unet: UNet) -> torch.Tensor:
