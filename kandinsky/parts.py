@@ -17,7 +17,7 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCL
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
-from kandinsky.schedulers import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
+from kandinsky.scheduler_files import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
 from kandinsky.unet import UNet
 
 

@@ -43,7 +43,8 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCL
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.repository import DECODER_INDEX, PRIOR_INDEX, preprocessor
-from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, UnCLIPScheduler, to_config
+from kandinsky.scheduler_files import to_config
+from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, UnCLIPScheduler
 from kandinsky.unet import UNet
 from kandinsky.vocabulary import END, write_vocabulary
 

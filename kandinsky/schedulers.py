@@ -6,13 +6,10 @@ scalar there, so a step never waits for a GPU. A t_prev below zero is the clean 
 """
 
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from kandinsky.checkpoint import CheckpointError, read_json
 
 Timesteps = list[tuple[int, int]]  # (t, t_prev), most noise first
 Earlier = tuple[int, Tensor] | None  # timestep and predicted clean sample of the step before
@@ -41,7 +38,9 @@ def cosine_betas(num_train_steps: int) -> Tensor:
 
 
 class Scheduler:
-    """What the three share: the table of signal levels, clipping, and noising."""
+    """What all share: the table of signal levels, and noising."""
+
+    predicts_variance = False  # whether `step` reads a variance of the network
 
     def __init__(self, betas: Tensor):
         self.betas = betas
@@ -71,20 +70,6 @@ class Scheduler:
 
 class NoiseScheduler(Scheduler):
     """What the decoder's share: a linear schedule, predicted noise, leading timesteps, clipping, `step`."""
-
-    # field of the file: (constructor argument, what diffusers takes when the file lacks it)
-    FIELDS = {
-        "num_train_timesteps": ("num_train_steps", 1000),
-        "beta_start": ("beta_start", 0.0001),
-        "beta_end": ("beta_end", 0.02),
-        "clip_sample": ("clip_sample", True),
-        "clip_sample_range": ("clip_sample_range", 1.0),
-        "thresholding": ("thresholding", False),
-        "dynamic_thresholding_ratio": ("dynamic_thresholding_ratio", 0.995),
-        "sample_max_value": ("sample_max_value", 1.0),
-        "steps_offset": ("steps_offset", 0),
-    }
-    FIXED = {"beta_schedule": "linear", "prediction_type": "epsilon", "timestep_spacing": "leading"}
 
     def __init__(
         self,
@@ -160,9 +145,6 @@ class DDPMScheduler(NoiseScheduler):
     half of the network's channels (arXiv:2102.09672, eq. 15).
     """
 
-    FIELDS = NoiseScheduler.FIELDS | {"variance_type": ("variance_type", "fixed_small")}
-    IGNORED = ("set_alpha_to_one",)  # the official 2.2 files carry it; DDPM has no use for it
-
     def __init__(self, *, clip_sample: bool = True, variance_type: str = "fixed_small", **settings: Any):
         if variance_type not in ("fixed_small", "learned_range"):
             given = f"variance_type is {variance_type!r}"
@@ -200,10 +182,6 @@ class DDPMScheduler(NoiseScheduler):
 class DDIMScheduler(NoiseScheduler):
     """Deterministic DDIM (arXiv:2010.02502, eq. 12 with sigma = 0). Defaults: the 2.1 decoder's file."""
 
-    FIELDS = NoiseScheduler.FIELDS | {"set_alpha_to_one": ("set_alpha_to_one", True)}
-    IGNORED = ("variance_type",)  # DDPM's; diffusers' DDIM keeps it when made from DDPM's config
-    predicts_variance = False
-
     def __init__(self, *, set_alpha_to_one: bool = False, **settings: Any):
         super().__init__(**settings)
         self.set_alpha_to_one = set_alpha_to_one
@@ -231,8 +209,6 @@ class DPMSolverScheduler(NoiseScheduler):
     Second order from the clean samples of two steps; first order where there is no earlier one, and in the
     last step. Clean samples are not clipped, as the solver's second order rests on where they truly are.
     """
-
-    predicts_variance = False
 
     @classmethod
     def of(cls, scheduler: NoiseScheduler) -> "DPMSolverScheduler":
@@ -274,19 +250,6 @@ class DPMSolverScheduler(NoiseScheduler):
 
 class UnCLIPScheduler(Scheduler):
     """The prior's process (arXiv:2204.06125): cosine schedule, the network predicts the clean sample."""
-
-    FIELDS = {
-        "num_train_timesteps": ("num_train_steps", 1000),
-        "clip_sample": ("clip_sample", True),
-        "clip_sample_range": ("clip_sample_range", 1.0),
-    }
-    FIXED = {
-        "beta_schedule": "squaredcos_cap_v2",
-        "prediction_type": "sample",
-        "variance_type": "fixed_small_log",
-    }
-    IGNORED = ()
-    predicts_variance = False
 
     def __init__(
         self, num_train_steps: int = 1000, clip_sample: bool = True, clip_sample_range: float = 10.0
@@ -335,71 +298,3 @@ def posterior_mean(
     of_x0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)
     of_x = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
     return of_x0 * x0 + of_x * x
-
-
-DECODER_SCHEDULERS = (DDPMScheduler, DDIMScheduler)
-PRIOR_SCHEDULERS = (UnCLIPScheduler,)
-
-# Allowed values, both ends included
-_RANGES = {
-    "num_train_timesteps": (1, 10**6),
-    "beta_start": (1e-9, 0.999),
-    "beta_end": (1e-9, 0.999),
-    "clip_sample_range": (1e-9, math.inf),
-    "dynamic_thresholding_ratio": (1e-9, 1.0),
-    "sample_max_value": (1.0, math.inf),
-    "steps_offset": (0, 999),
-}
-
-
-def from_config(
-    published: dict[str, Any],
-    source: str = "scheduler_config.json",
-    allowed: tuple[type, ...] = DECODER_SCHEDULERS + PRIOR_SCHEDULERS,
-) -> Scheduler:
-    """Builds the scheduler that a published file names.
-
-    A field the file lacks has diffusers' default, which is not always ours. Raises a CheckpointError for
-    another class, or a value that is not modelled here.
-    """
-    name, names = published.get("_class_name"), [c.__name__ for c in allowed]
-    if name not in names:
-        raise CheckpointError(f"{source}: _class_name is {name!r}; allowed are {', '.join(names)}")
-    scheduler_class = allowed[names.index(name)]
-    for name, value in published.items():
-        wanted = scheduler_class.FIXED.get(name)
-        known = name.startswith("_") or name in scheduler_class.FIELDS or name in scheduler_class.IGNORED
-        if known or value == wanted or (wanted is None and value is False):
-            continue
-        raise CheckpointError(f"{source}: {name} is {value!r}; modelled is only {wanted or 'null or false'}")
-    if scheduler_class is UnCLIPScheduler and "prediction_type" not in published:
-        raise CheckpointError(
-            f"{source} lacks prediction_type, which then means 'epsilon'; modelled is only sample"
-        )
-    values = {}
-    for name, (argument, default) in scheduler_class.FIELDS.items():
-        value = published.get(name, default)
-        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise CheckpointError(f"{source}: {name} is {value!r}; a {type(default).__name__} is needed")
-        low, high = _RANGES.get(name, (None, None))
-        if low is not None and not low <= value <= high:
-            raise CheckpointError(f"{source}: {name} is {value}; allowed is {low} to {high}")
-        values[argument] = value
-    try:
-        return scheduler_class(**values)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from None
-
-
-def to_config(scheduler: Scheduler) -> dict[str, Any]:
-    """The published file's fields for a scheduler; diffusers' class of that name loads them."""
-    names = {name: getattr(scheduler, argument) for name, (argument, _) in scheduler.FIELDS.items()}
-    return {"_class_name": type(scheduler).__name__, **names, **scheduler.FIXED}
-
-
-def load_scheduler(
-    folder: str | Path, allowed: tuple[type, ...] = DECODER_SCHEDULERS + PRIOR_SCHEDULERS
-) -> Scheduler:
-    """Reads `scheduler_config.json` in a folder; a missing or wrong file is a CheckpointError."""
-    path = Path(folder) / "scheduler_config.json"
-    return from_config(read_json(path), str(path), allowed)

@@ -19,7 +19,7 @@ import torch
 from reference import distance, randn, reference_for, share
 from torch import Tensor, nn
 
-from kandinsky import Kandinsky, arguments, cli, random_weights, schedulers
+from kandinsky import Kandinsky, arguments, cli, random_weights, scheduler_files, schedulers
 from kandinsky.checkpoint import write_json
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
@@ -301,16 +301,16 @@ def check_schedulers(settings: Settings) -> Iterator[Row]:
         names = ("DDIM", "DDPM, learned", "UnCLIP")
     if settings.decoder is not None:  # those that lie there
         folders = [settings.decoder / name for name in ("scheduler", "ddpm_scheduler")]
-        decoders = [schedulers.load_scheduler(folder) for folder in folders if folder.is_dir()]
+        decoders = [scheduler_files.load_scheduler(folder) for folder in folders if folder.is_dir()]
         names = (*(type(s).__name__.removesuffix("Scheduler") for s in decoders), "UnCLIP")
     for scheduler, name in zip([*decoders, prior], names, strict=True):
-        config = schedulers.to_config(scheduler)
+        config = scheduler_files.to_config(scheduler)
         reference = getattr(diffusers, config["_class_name"]).from_config(config)
         reference.set_timesteps(25)
         generator, pairs = torch.Generator().manual_seed(0), scheduler.timesteps(25)
         x, ours, theirs = randn(1, 4, 8, 8, seed=1), [], []
         for (t, t_prev), their_t in zip(pairs, reference.timesteps, strict=True):
-            state, learns = generator.get_state(), getattr(scheduler, "predicts_variance", False)
+            state, learns = generator.get_state(), scheduler.predicts_variance
             out = randn(1, 8 if learns else 4, 8, 8, seed=t)
             extra = {"prev_timestep": t_prev if t_prev >= 0 else None} if name == "UnCLIP" else {}
             stepped = reference.step(out, their_t, x, generator=generator, **extra).prev_sample
@@ -349,7 +349,7 @@ def reference_pipeline(pipe: Kandinsky) -> Any:
     import diffusers
     from transformers import CLIPImageProcessor, CLIPTokenizer
 
-    schedulers_ = [schedulers.to_config(s) for s in (pipe.scheduler, pipe.prior_scheduler)]
+    schedulers_ = [scheduler_files.to_config(s) for s in (pipe.scheduler, pipe.prior_scheduler)]
     decoder, prior = (getattr(diffusers, c["_class_name"]).from_config(c) for c in schedulers_)
     image_size = CLIPImageEncoder.read_config(pipe.prior_folder / "image_encoder").image_size
     kind, texts = diffusers.KandinskyV22CombinedPipeline, {}

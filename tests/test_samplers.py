@@ -6,7 +6,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from kandinsky import ImageEmbeds
-from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler, from_config
+from kandinsky.scheduler_files import from_config
+from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM
 from tests.test_images import picture

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 
 from kandinsky import schedulers
 from kandinsky.checkpoint import CheckpointError
-from kandinsky.schedulers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    UnCLIPScheduler,
-    from_config,
-    load_scheduler,
-    to_config,
-)
+from kandinsky.scheduler_files import from_config, load_scheduler, to_config
+from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, UnCLIPScheduler
 from tests.helpers import SHARED, randn
 
 LINEAR = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.00085, "beta_end": 0.012}
