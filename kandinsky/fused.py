@@ -46,11 +46,13 @@ def norm_silu(
 @cache
 @torch.no_grad()
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels work on this machine: they need Triton, and it a C compiler."""
+    """Whether the kernels work on this machine, and rightly: they need Triton, which needs a C compiler."""
     try:
-        x, weight = (torch.zeros(size, device=device, dtype=dtype) for size in ((2, 32, 8, 8), (32,)))
+        x, weight, scale = (torch.linspace(-1, 2, n, device=device) for n in (4 * 32 * 80, 32, 4 * 32))
+        given = x.reshape(4, 32, 8, 10), weight, weight, 8, 1e-5, scale.reshape(4, 32), scale.reshape(4, 32)
+        given = [a.to(dtype) if isinstance(a, Tensor) else a for a in given]
         with torch.cuda.device_of(x):
-            kernels()(x, weight, weight, 8, 1e-5)
+            torch.testing.assert_close(kernels()(*given), norm_silu(*given), rtol=0.02, atol=0.02)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of many kinds, and none is worth a picture

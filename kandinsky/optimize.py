@@ -24,12 +24,12 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     compiled blocks     each block under `torch.compile`; the first call waits for the compiler
     cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA)
     prior graph         the prior's step likewise
-    movq graph          MoVQ's decoding likewise; the memory of one stays taken
+    movq graph          MoVQ's decoding likewise; the memory of one decoding stays taken
 
-Each is done to networks on its device. The graphs of prior and MoVQ are made only when named: no GPU has run
-them yet. Compiled blocks are asked for by name or with `compile=True`, for the
-compiler's wait. Packed weights and Winograd do not go with them, and those for CUDA are left to the compiler,
-which orders and fuses on its own; a step is then not one launch.
+A rewrite marked CPU or CUDA leaves networks on other devices as they are. The graphs of prior and MoVQ are
+made only when named: no GPU has run them yet. Compiled blocks are asked for by name or with `compile=True`,
+for the compiler's wait. Packed weights and Winograd do not go with them, and those for CUDA are left to the
+compiler, which orders and fuses on its own; a step is then not one launch.
 """
 
 from collections.abc import Callable, Iterator

@@ -219,8 +219,8 @@ def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 @torch.no_grad()
 def measure_kernels(args, name: str) -> Result:
-    """Milliseconds of one call of ours with every rewrite: by the clock, of all its kernels, of the longest.
-    What the kernels do not explain, the GPU waits for."""
+    """Milliseconds of one call of ours with every rewrite (of the prior: a whole loop): by the clock, of all
+    its kernels, of the longest. What the kernels do not explain, the GPU waits for."""
     model, (ours, _, _) = random_part(args, name)
     model = model.to(getattr(torch, args.dtype))
     optimize(model, (*USUAL, *UNTRIED))
@@ -235,7 +235,7 @@ def measure_kernels(args, name: str) -> Result:
     return {
         "clock": round(1e3 * statistics.median(seconds), 3),
         "all kernels": round(sum(spent.values()) / 1e3, 3),
-        "launched": sum(e.count for e in events),
+        "number of kernels": sum(e.count for e in events),
         "kernels": {kernel[:100]: round(time / 1e3, 3) for kernel, time in most},
     }
 

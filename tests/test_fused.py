@@ -60,6 +60,9 @@ def test_where_triton_does_not_work_norms_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(fused, "kernels", broken)
     with pytest.warns(UserWarning, match="norms are not fused: .* work here .Failed to find C compiler"):
         assert not can_run(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(fused, "kernels", lambda: lambda *given: 1.1 * fused.norm_silu(*given))
+    with pytest.warns(UserWarning, match="norms are not fused: .* not close"):
+        assert not can_run(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(fused, "kernels", lambda: fused.norm_silu)
     assert can_run(torch.device("cpu"), torch.float32)
 
