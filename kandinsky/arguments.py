@@ -8,12 +8,14 @@ import functools
 import inspect
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +38,12 @@ _DIFFUSERS_NAMES = {
 }
 
 _OUT_OF_MEMORY = (
-    "out of memory; in this order try: keep_loaded=False, dtype=torch.bfloat16, fewer images per call, "
+    "out of memory; in this order try: keep_loaded=False (--low-memory), dtype=torch.bfloat16 "
+    "(--dtype bfloat16), for pictures beyond 512 px optimize() (--optimize), fewer images per call, "
     "a smaller height and width, another device"
 )
+# what devices say that have no class of error for it: the CPU, MPS, CUDA's libraries
+_SAYS_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|_ALLOC_FAILED|can't allocate memory")
 
 
 def public(method: Callable) -> Callable:
@@ -53,10 +58,8 @@ def public(method: Callable) -> Callable:
                 raise TypeError(f"{method.__name__}() has no argument {name!r}; use {ours}")
         try:
             return method(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
         except RuntimeError as error:
-            if "DefaultCPUAllocator" in str(error):  # the CPU's has no class of its own
+            if isinstance(error, torch.OutOfMemoryError) or _SAYS_NO_MEMORY.search(str(error)):
                 raise MemoryError(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
             raise
 
@@ -70,10 +73,11 @@ def folder(path: Any, what: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     text = str(path)
-    if text.count("/") == 1 and "kandinsky" in text:
+    if text.count("/") == 1 and "kandinsky" in text.lower():
+        model = "2.1" if re.search("2[-.]1", text) else "2.2"
         raise ValueError(
             f"{what}: {text!r} looks like a hub id and is no local folder; nothing is downloaded here: run "
-            "`python scripts/download_weights.py 2.2` and pass the folder it fills"
+            f"`python scripts/download_weights.py {model}` and pass the folder it fills"
         )
     raise ValueError(f"{what}: no folder at {text!r}")
 
@@ -112,7 +116,12 @@ def prompts(value: Any, name: str = "prompt") -> list[str]:
         return [value]
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
         return list(value)
-    given = f"a {type(value).__name__}" if not isinstance(value, (list, tuple)) else f"{value!r}"
+    if hasattr(value, "image_embeds"):
+        raise TypeError(f"{name} is an {type(value).__name__}; pass it as embeds=")
+    given = f"a {type(value).__name__}"
+    if isinstance(value, (list, tuple)):
+        others = [type(v).__name__ for v in value if not isinstance(v, str)]
+        given = f"{given} with a {others[0]} in it" if others else f"an empty {type(value).__name__}"
     raise TypeError(f"{name} is {given}; a string or a list of strings is needed")
 
 
@@ -177,6 +186,30 @@ def batch(**counts: int) -> int:
         given = ", ".join(f"{n} {name}" for name, n in counts.items())
         raise ValueError(f"{given}: lists must be of equal length; one alone goes with all")
     return count
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False, or a number or numpy's bool that equals one of them."""
+    if not isinstance(value, (bool, Integral, np.bool_)) or value not in (0, 1):
+        raise TypeError(f"{name} is {value!r}; True or False is needed")
+    return bool(value)
+
+
+def function(value: Any, name: str) -> Callable | None:
+    """What can be called, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} is a {type(value).__name__}; a function of a Step is needed")
+    return value
+
+
+def output_type(value: Any, allowed: tuple[str, ...]) -> str:
+    """One of those allowed; "np", which diffusers has, is told how to be made."""
+    if value == "np":
+        raise ValueError(
+            "output_type is 'np'; use 'pt', (b, 3, h, w): .permute(0, 2, 3, 1).cpu().numpy() makes it "
+            'diffusers\' "np"'
+        )
+    return choice(value, "output_type", allowed)
 
 
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -73,10 +73,13 @@ def write_json(fields: dict[str, Any], path: Path) -> None:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors atomically, with the header metadata of the published files."""
+    """Writes tensors atomically, with the header metadata of the published files. Raises an OSError."""
     with atomic_file(path) as temporary:
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # the disk is full, the folder is not to be written to …
+            raise OSError(f"{path} was not written: {error}") from error
 
 
 def open_safetensors(path: Path, device: str | torch.device = "cpu") -> Any:

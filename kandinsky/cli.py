@@ -16,7 +16,8 @@ class OneLineParser(ArgumentParser):
     """An ArgumentParser whose help shows defaults and whose errors are one line with exit code 2."""
 
     def __init__(self, description: str | None = None):
-        super().__init__(description=description, formatter_class=_HelpFormatter)
+        # no abbreviations: --prompt would be --prompts, a file
+        super().__init__(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
 from torch import Tensor
 
 from kandinsky.checkpoint import CheckpointError, read_json, skeleton, write_json, write_safetensors
@@ -134,10 +133,7 @@ def convert(
     target = folder / network.weights_name
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} is there already; give --overwrite, or another folder with --out")
-    try:
-        write_safetensors(_untied(tensors), target)
-    except SafetensorError as error:
-        raise OSError(f"{target} was not written: {error}") from error
+    write_safetensors(_untied(tensors), target)
     if source != configs[0]:
         write_json(config, configs[0])
     return target

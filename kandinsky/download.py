@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from safetensors import SafetensorError
-
 from kandinsky.checkpoint import CheckpointError, open_safetensors, read_json, write_json, write_safetensors
 
 RECORD = "downloaded.json"
@@ -168,10 +166,7 @@ def store_zero_image_embeds(prior: Path, say: Say = print) -> None:
             f"{path} was not computed ({str(error).splitlines()[0]}); all files are downloaded, and the "
             "pipeline computes it when it is needed"
         ) from error
-    try:
-        write_safetensors({"zero_image_embeds": embeds}, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} was not written: {error}") from error
+    write_safetensors({"zero_image_embeds": embeds}, path)
 
 
 class _Fetch:

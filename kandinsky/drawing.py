@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from kandinsky import cli, images, metadata
+from kandinsky import arguments, cli, images, metadata
 from kandinsky.pipeline import Kandinsky
 
 # what a call's repetition may be given beside --from-png: where things lie, never what was drawn
@@ -37,6 +37,10 @@ def parse(parser: cli.OneLineParser, task: str, argv: Sequence[str] | None) -> t
     args.optimize = settings["optimisation"] == "exact"
     if "device" not in cli.given(parser, argv):
         args.device = settings["device"]
+        try:
+            arguments.device(args.device)
+        except ValueError as error:
+            parser.error(f"{args.from_png}: {error}; another --device may be given, and bits may differ")
     return args, settings
 
 
@@ -46,6 +50,8 @@ def prompts(args: Namespace) -> list[str] | None:
         raise ValueError("give a prompt or --prompts FILE, not both")
     if args.prompts is None:
         return None if args.prompt is None else [args.prompt]
+    if not args.prompts.is_file():
+        raise ValueError(f"--prompts: no file {args.prompts}; a prompt by itself stands without a flag")
     if args.prompts.stat().st_size > 2**20:
         raise ValueError(f"{args.prompts} is larger than 1 MiB; a prompt a line is needed")
     try:
@@ -92,9 +98,9 @@ def run_task(task: str) -> Run:
     return run
 
 
-def beside_embeds(pipe: Kandinsky) -> str | None:
-    """The prompt that goes with embeddings: none, but 2.1's decoder always reads one."""
-    return "" if pipe.unet_config.text else None
+def beside_embeds(pipe: Kandinsky, call: dict[str, Any]) -> dict[str, Any]:
+    """The words that go with embeddings: none, but 2.1's decoder reads some itself."""
+    return {"prompt": "", "negative_prompt": call["negative_prompt"]} if pipe.unet_config.text else {}
 
 
 def draw(
@@ -122,30 +128,35 @@ def draw(
     if args.optimize:
         pipe.optimize()
     with _threads(settings):
+        described = None
+        if images.check_suffix(args.out) == "PNG" and not args.no_metadata:
+            # before it is drawn: files may be moved meanwhile
+            described = metadata.describe(pipe, task, call, 0, files, args.lora_scale)
         pictures = run(pipe, call, inputs)
-        return _write(pictures, args, pipe, task, call | {"seed": pipe.seeds}, files, settings)
+        return _write(pictures, args, pipe.seeds, described, settings)
 
 
 def _write(
     pictures: list[Image.Image],
     args: Namespace,
-    pipe: Kandinsky,
-    task: str,
-    call: dict[str, Any],
-    files: dict[str, list[Path]],
+    seeds: list[int],
+    described: dict | None,
     settings: dict | None,
 ) -> list[Path]:
     numbers = range(len(pictures)) if settings is None else [settings["index"]]
-    described = None
-    if images.check_suffix(args.out) == "PNG" and not args.no_metadata:
-        described = metadata.describe(pipe, task, call, 0, files, args.lora_scale)
+    if described is not None:
+        described["call"] = described["call"] | {"seed": seeds}
+        problem = metadata.problem(described)
+        if problem:
+            warnings.warn(f"the settings are not kept in the PNG: {problem}", stacklevel=2)
+            described = None
     paths = []
     for number, name in zip(numbers, cli.numbered(args.out, len(numbers))):
         path, picture, texts = cli.free_name(name, args.overwrite), pictures[number], None
         if described is not None:
             texts = metadata.texts(described | {"index": number}, picture.size)
         images.save_image(picture, path, args.overwrite, texts)
-        print(f"{path} (seed {pipe.seeds[number % len(pipe.seeds)]})")
+        print(f"{path} (seed {seeds[number % len(seeds)]})")
         paths.append(path)
     return paths
 

@@ -9,7 +9,7 @@ picture ─ image tower ─ noise ─ prior → image_embeds       embed_from
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,16 @@ from torch import Tensor
 from kandinsky import arguments, images
 from kandinsky.parts import Parts
 from kandinsky.sampling import ImageEmbeds, Noise, Step, last_steps, sample_prior
+from kandinsky.schedulers import Timesteps
 
 OnStep = Callable[[Step], Any]  # returning False stops the run
-Timesteps = list[tuple[int, int]]
+
+
+class PriorRun(NamedTuple):
+    """One of a mixture's runs of the prior."""
+
+    text: str
+    noise_row: int  # of the two that diffusers draws at each step where there is a negative prompt
 
 
 class Embedding(Parts):
@@ -45,12 +52,21 @@ class Embedding(Parts):
 
         Args:
             negative_prompt: what to lead away from, one for all or one per prompt; None: the zero image.
+            num_images_per_prompt: at least 1. num_inference_steps: 1 to the scheduler's 1000.
+            guidance_scale: how far to lead towards the prompt (arXiv:2207.12598); at 1 and below there is no
+                guidance, and half the work.
             seed: image i is drawn from seed + i; a list gives one per image; None: drawn, see `pipe.seeds`.
             latents: own noise, (images, d), or (2·images, d) with a negative prompt, prompts first.
             on_step: called with each Step; returning False ends the call with None.
+            progress: shows a bar.
 
         Returns:
             `ImageEmbeds` of (images, d), image = prompt × num_images_per_prompt + k.
+
+        Raises:
+            ValueError, TypeError: an argument is not what it must be, or (as CheckpointError) a file; before
+                any weight is read.
+            FloatingPointError: the result is not finite.
         """
         texts = arguments.prompts(prompt)
         negatives = arguments.negative_prompts(negative_prompt, len(texts))
@@ -58,9 +74,9 @@ class Embedding(Parts):
         self.seeds = arguments.seeds(seed, len(texts) * images_per_prompt)
         settings = self._prior_settings(num_inference_steps, guidance_scale)
         latents = self._own_noise(latents, 1 if negatives is None else 2)
+        watch = self._watch(on_step, progress)
         self.check_files("text_encoder", "prior")
         noise = Noise(self.seeds, self.device)
-        watch = (on_step, progress)
         return self._embed(texts, negatives, images_per_prompt, settings, noise, watch, latents)
 
     @arguments.public
@@ -106,13 +122,13 @@ class Embedding(Parts):
         timesteps, guidance_scale = self._prior_settings(num_inference_steps, guidance_scale)
         settings = (last_steps(timesteps, strength), guidance_scale)
         latents = self._own_noise(latents, 1 if negatives is None else 2)
+        watch = self._watch(on_step, progress)
         pictures = [item for item in items if item.ndim == 3]
         self.check_files("text_encoder", "prior", *(["image_encoder"] if pictures else []))
         start = self._embed_rows(items).repeat_interleave(images_per_prompt, dim=0)
         if not settings[0]:
             return ImageEmbeds(start)
         noise = Noise(self.seeds, self.device)
-        watch = (on_step, progress)
         return self._embed(texts, negatives, images_per_prompt, settings, noise, watch, latents, start)
 
     @arguments.public
@@ -136,8 +152,8 @@ class Embedding(Parts):
         Args:
             images_and_prompts: strings, pictures, or embeddings (d,) or (1, d), in any number.
             weights: one real number each, used as given; a warning tells when they do not sum to one.
-            negative_prompt: what the decoder leads away from; "": the zero image, or, as in diffusers, what
-                the prior makes of negative_prior_prompt where that is given.
+            negative_prompt: what the decoder leads away from. "" is the zero image; where
+                negative_prior_prompt is given, the prior's embedding of that (as in diffusers).
             negative_prior_prompt: what the prior leads away from with every prompt.
             latents: (images, d), or (2·images, d) with negative_prior_prompt: every prompt's starting noise.
             Others as in `embed`.
@@ -151,9 +167,12 @@ class Embedding(Parts):
         negative = arguments.text(negative_prompt or "", "negative_prompt")
         away = negative_prior_prompt
         away = away if away is None else arguments.text(away, "negative_prior_prompt")
-        runs = [(text, 0) for text in texts]  # and one more for what the decoder leads away from
-        runs += [(negative, 0)] if negative else [(away, 1)] if away is not None else []
+        runs = [PriorRun(text, 0) for text in texts]
+        # and one more for what the decoder leads away from
+        away_runs = [PriorRun(negative, 0)] if negative else [PriorRun(away, 1)] if away is not None else []
+        runs += away_runs
         count = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
+        watch = self._watch(on_step, progress)
         self.seeds = arguments.seeds(seed, count)
         pictures = [item for item in items if not isinstance(item, str) and item.ndim == 3]
         needed = ["text_encoder", "prior"] if runs else []
@@ -161,38 +180,34 @@ class Embedding(Parts):
         made = []
         if runs:
             settings = self._prior_settings(num_inference_steps, guidance_scale)
-            made = self._run_mixture(runs, away, settings, (on_step, progress), latents)
+            made = self._run_mixture(runs, away, settings, watch, latents)
             if made is None:
                 return None
         of_items, of_texts = iter(self._embed_rows([i for i in items if not isinstance(i, str)])), iter(made)
         rows = [next(of_texts) if isinstance(item, str) else next(of_items) for item in items]
         total = torch.stack([weight * row.expand(count, -1) for weight, row in zip(weights, rows)]).sum(dim=0)
-        return ImageEmbeds(total, made[-1] if len(runs) > len(texts) else None)
+        return ImageEmbeds(total, made[-1] if away_runs else None)
 
     def _run_mixture(
         self,
-        runs: list[tuple[str, int]],
+        runs: list[PriorRun],
         away: str | None,
         settings: tuple[Timesteps, float],
         watch: tuple[OnStep | None, bool],
         latents: Any,
     ) -> Tensor | None:
-        """The prior's runs as one batch -> (runs, images, d).
-
-        runs: a text each, and which row of its draws it uses: with a negative prompt diffusers draws two rows
-        a step, the prompt's, then the negative prompt's.
-        """
+        """The prior's runs as one batch -> (runs, images, d)."""
         count, copies, dim = len(self.seeds), 1 if away is None else 2, self.prior_config.embedding_dim
         latents = self._own_noise(latents, copies)
         noise = Noise(self.seeds, self.device)
         num_draws = (latents is None) + sum(self.prior_scheduler.draws_noise(*step) for step in settings[0])
-        drawn = [[noise.draw(copies, dim)[:, row] for _ in range(num_draws)] for _, row in runs]
+        drawn = [[noise.draw(copies, dim)[:, run.noise_row] for _ in range(num_draws)] for run in runs]
         draws = iter([torch.cat(step) for step in zip(*drawn)])  # (runs · images, d) each
         if latents is None:
             x = next(draws)
         else:
-            x = torch.cat([latents[row * count : (row + 1) * count] for _, row in runs])
-        texts = [text for text, _ in runs for _ in range(count)]
+            x = torch.cat([latents[run.noise_row * count :][:count] for run in runs])
+        texts = [run.text for run in runs for _ in range(count)]
         uncond = [away or ""] * len(texts)
         x = self._run_prior(texts, uncond, x, lambda: next(draws), settings, watch)
         return None if x is None else x.unflatten(0, (len(runs), count))
@@ -248,6 +263,10 @@ class Embedding(Parts):
             loop = sample_prior(prior, self.prior_scheduler, cache, x, draw, timesteps, guidance_scale)
             x = self._run(loop, len(timesteps), *watch, "prior")
             return None if x is None else prior.denormalize(x)
+
+    @staticmethod
+    def _watch(on_step: Any, progress: Any) -> tuple[OnStep | None, bool]:
+        return arguments.function(on_step, "on_step"), arguments.flag(progress, "progress")
 
     def _prior_settings(self, num_steps: Any, scale: Any, prefix: str = "") -> tuple[Timesteps, float]:
         timesteps = self._timesteps(self.prior_scheduler, num_steps, f"{prefix}num_inference_steps")

@@ -145,9 +145,7 @@ def read(path: Path) -> dict:
     if not isinstance(text, str):
         raise SettingsError(f"{path} holds no settings of this package")
     if len(text) > MAX_LENGTH:
-        raise SettingsError(
-            f"the settings in {path} are {len(text)} characters; at most {MAX_LENGTH} are read"
-        )
+        raise SettingsError(f"{path}: {_too_long(len(text))}")
     try:
         settings = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -155,10 +153,23 @@ def read(path: Path) -> dict:
     if isinstance(settings, dict) and isinstance(settings.get("call"), dict):
         for name, value in _LATER.items():
             settings["call"].setdefault(name, copy.copy(value))
-    problem = _problem(settings, _FIELDS, "settings") or _problem_across(settings)
-    if problem:
-        raise SettingsError(f"{path}: {problem}")
+    found = _problem(settings, _FIELDS, "settings") or _problem_across(settings)
+    if found:
+        raise SettingsError(f"{path}: {found}")
     return settings
+
+
+def problem(settings: dict) -> str | None:
+    """Why `read` would refuse what `describe` made; None where it would not."""
+    written = json.dumps(settings)
+    if len(written) > MAX_LENGTH:
+        return _too_long(len(written))
+    settings = json.loads(written)  # tuples are lists there
+    return _problem(settings, _FIELDS, "settings") or _problem_across(settings)
+
+
+def _too_long(length: int) -> str:
+    return f"the settings are {length} characters; at most {MAX_LENGTH} are read"
 
 
 def _whole(low: int, high: int) -> Check:

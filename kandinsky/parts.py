@@ -119,7 +119,8 @@ class Parts:
                 raise CheckpointError(f"{prior} is not a prior: it has no prior/{_what_it_is(prior)}")
 
         parts = cls.__new__(cls)
-        parts.decoder_folder, parts.keep_loaded = decoder, keep_loaded
+        parts.decoder_folder = decoder
+        parts.keep_loaded = arguments.flag(keep_loaded, "keep_loaded")
         parts.prior_folder = prior or _sibling_prior(decoder)
         parts.device, parts.dtype = arguments.device(device), arguments.dtype(dtype)
         parts._loaded, parts._replaced, parts._constants = {}, set(), {}
@@ -132,8 +133,11 @@ class Parts:
     @arguments.public
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Parts":
         """Moves and casts every loaded network, and those to come; returns the pipeline."""
-        self.device = self.device if device is None else arguments.device(device)
-        self.dtype = self.dtype if dtype is None else arguments.dtype(dtype)
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device is {device}; pass it as dtype=")
+        device = self.device if device is None else arguments.device(device)
+        dtype = self.dtype if dtype is None else arguments.dtype(dtype)
+        self.device, self.dtype = device, dtype
         self._constants.pop("zero_image_embeds", None)  # it may be of another dtype's accuracy
         for network in self._loaded.values():
             network.to(self.device, self.dtype)
@@ -141,15 +145,15 @@ class Parts:
 
     @property
     def prior_config(self) -> PriorConfig:
-        return vars(Parts)["prior"].config(self)
+        return Parts.prior.config(self)
 
     @property
     def unet_config(self) -> UNetConfig:
-        return vars(Parts)["unet"].config(self)
+        return Parts.unet.config(self)
 
     @property
     def movq_config(self) -> MoVQConfig:
-        return vars(Parts)["movq"].config(self)
+        return Parts.movq.config(self)
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -220,7 +224,7 @@ class Parts:
         """Raises a CheckpointError now for a network that could not be read later; reads headers only."""
         for name in names:
             if name not in self._loaded:
-                part = vars(Parts)[name]
+                part = getattr(Parts, name)
                 part.network.check_pretrained(part.folder(self))
 
     def check_zero_image(self) -> None:

@@ -3,8 +3,12 @@
     pipe = Kandinsky.from_pretrained("weights/kandinsky-2-2-decoder")
     image = pipe.text2img("a red cat", seed=7)[0]
 
-Each task is: what to show (embedding.py), where to start (noise, or a noised picture), the U-Net's loop, and
-MoVQ's decoder. Noise comes from one stream per image, first the prior's, then the decoder's.
+Each task is: what to show, where to start (noise, or a noised picture), the U-Net's loop, and MoVQ's decoder.
+Noise comes from one stream per image, first the prior's, then the decoder's. `Kandinsky` is in turn
+
+    Requests    a call's arguments, checked (request.py)
+    Embedding   text encoder and prior: what to show (embedding.py)
+    Parts       the folders, and the networks that are read from them (parts.py)
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from kandinsky import arguments, images, masks
-from kandinsky.embedding import OnStep, Timesteps
+from kandinsky.embedding import OnStep
 from kandinsky.request import Request, Requests
 from kandinsky.sampling import ImageEmbeds, Noise, Step, last_steps, sample_inpainting, sample_latents
-from kandinsky.schedulers import DDPMScheduler, DPMSolverScheduler, NoiseScheduler
+from kandinsky.schedulers import DDPMScheduler, DPMSolverScheduler, NoiseScheduler, Timesteps
 from kandinsky.unet import UNet
 
+WIDEST = 4096  # margin of a mask, pixels
 # what a task's decoder loop is to its U-Net: (unet, image_embeds, x, draw) -> steps
 Loop = Callable[[UNet, Tensor, Tensor, Callable[[], Tensor]], Iterator[Step]]
 
@@ -61,7 +66,8 @@ class Kandinsky(Requests):
                 the prompt itself and needs it beside embeds.
             hint: where things are: a picture in any form, of one channel or three in [0, 1], or a list. In a
                 depth map near is white. For checkpoints with a hint network only.
-            latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f².
+            latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f²; f is
+                `movq_config.downscale`, 8 for the released ones.
             height, width: pixels, up to 65,536; None: the checkpoint's own.
             sampler: "dpm++" for DPM-Solver++(2M), good in 15 to 20 steps; None: the checkpoint's scheduler.
             guidance_interval: (start, stop), shares of the loop: steps before and after it are not guided and
@@ -184,9 +190,9 @@ class Kandinsky(Requests):
             keep_unmasked: pastes the picture back where the mask is black, to the last bit. False: MoVQ's
                 version of it, as in diffusers.
             invert_mask: for masks of the old convention, where black is repainted.
-            grow_mask: pixels by which the repainted region grows. It also makes scratches count that are
-                thinner than f pixels, which the U-Net otherwise may not see.
-            feather_mask: pixels over which the repainted region fades in, inside the mask.
+            grow_mask: pixels, up to 4096, by which the repainted region grows. It also makes scratches count
+                that are thinner than f pixels, which the U-Net otherwise may not see.
+            feather_mask: pixels, likewise, over which the repainted region fades in, inside the mask.
             height, width: pixels, to which picture and mask are resized; None: the picture's own.
             Others as in `text2img`.
         """
@@ -194,8 +200,10 @@ class Kandinsky(Requests):
         scheduler = self._sampler(sampler)
         timesteps = self._timesteps(scheduler, num_inference_steps, "num_inference_steps")
         pictures, repaint = images.pictures(image), masks.masks(mask_image)
-        grow_mask = arguments.whole(grow_mask, "grow_mask", 0)
-        feather_mask = arguments.whole(feather_mask, "feather_mask", 0)
+        grow_mask = arguments.whole(grow_mask, "grow_mask", 0, WIDEST)
+        feather_mask = arguments.whole(feather_mask, "feather_mask", 0, WIDEST)
+        keep_unmasked = arguments.flag(keep_unmasked, "keep_unmasked")
+        invert_mask = arguments.flag(invert_mask, "invert_mask")
         words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
         rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
         shortcuts = (guidance_interval, cache_every)
@@ -219,6 +227,7 @@ class Kandinsky(Requests):
         original = request.rows([images.resize(x, *request.size) for x in pictures]).to(self.device)
         return self._finish(request, x, lambda pixels: masks.paste(pixels, original, share))
 
+    @arguments.public
     def optimize(
         self, rewrites: tuple[str, ...] | None = None, compile: bool = False
     ) -> dict[str, dict[str, int]]:

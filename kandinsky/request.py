@@ -62,7 +62,8 @@ class Requests(Embedding):
         """Checks what all tasks share; draws the seeds. lists: the task's own pictures, masks, hints."""
         prompt, embeds, negative_prompt, prior_num_steps, prior_scale = words
         images_per_prompt = arguments.whole(images_per_prompt, "num_images_per_prompt")
-        arguments.choice(output_type, "output_type", OUTPUT_TYPES)
+        arguments.output_type(output_type, OUTPUT_TYPES)
+        watch = self._watch(on_step, progress)
         height, width = self._size(*size, lists.get("pictures"))
         guidance_scale = arguments.number(guidance_scale, "guidance_scale")
         interval, cache_every = shortcuts
@@ -89,10 +90,23 @@ class Requests(Embedding):
         self.check_files(*needed, *(["decoder_text_encoder"] if decoder_texts else []))
         if guidance_scale > 1 and (negatives if texts else embeds.negative_image_embeds) is None:
             self.check_zero_image()
-        words = (texts, negatives, decoder_texts, embeds, count, images_per_prompt, prior_settings)
-        words = (*words, guidance_scale)
-        rest = (latents, output_type, (on_step, progress), shortcuts)
-        return Request(*words, (height, width), full_size, shape, *rest)
+        return Request(
+            texts=texts,
+            negatives=negatives,
+            decoder_texts=decoder_texts,
+            embeds=embeds,
+            num_prompts=count,
+            images_per_prompt=images_per_prompt,
+            prior_settings=prior_settings,
+            guidance_scale=guidance_scale,
+            size=(height, width),
+            full_size=full_size,
+            latent_shape=shape,
+            latents=latents,
+            output_type=output_type,
+            watch=watch,
+            shortcuts=shortcuts,
+        )
 
     def _check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder
@@ -128,7 +142,7 @@ class Requests(Embedding):
             raise ValueError("give either prompts or embeds: the prompts are in the embeds already")
         if not isinstance(embeds, ImageEmbeds):
             given = f"embeds is a {type(embeds).__name__}"
-            raise TypeError(f"{given}; ImageEmbeds(image_embeds, negative_image_embeds) is needed")
+            raise TypeError(f"{given}; an ImageEmbeds is needed, which embed(prompt) gives")
         dim = self.unet_config.image_dim
         count = len(arguments.embeddings(embeds.image_embeds, dim, "embeds.image_embeds"))
         if embeds.negative_image_embeds is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kandinsky.checkpoint import CheckpointError, open_safetensors, write_safetensors
 from kandinsky.prior import Prior, PriorCache
-from kandinsky.schedulers import NoiseScheduler, UnCLIPScheduler
+from kandinsky.schedulers import NoiseScheduler, Timesteps, UnCLIPScheduler
 from kandinsky.unet import UNet
 
 
@@ -66,7 +66,7 @@ class Noise:
         return noise.to(self.device)
 
 
-def last_steps(timesteps: list[tuple[int, int]], strength: float) -> list[tuple[int, int]]:
+def last_steps(timesteps: Timesteps, strength: float) -> Timesteps:
     """What a strength in [0, 1] leaves to run: the last int(num_steps × strength) steps."""
     return timesteps[len(timesteps) - int(len(timesteps) * strength) :]
 
@@ -88,7 +88,7 @@ def sample_prior(
     cache: PriorCache,
     x: Tensor,
     draw: Callable[[], Tensor],
-    timesteps: list[tuple[int, int]],
+    timesteps: Timesteps,
     guidance_scale: float,
 ) -> Iterator[Step]:
     """From noise to normalised image embeddings.
@@ -116,7 +116,7 @@ def sample_latents(
     image_embeds: Tensor,
     x: Tensor,
     draw: Callable[[], Tensor],
-    timesteps: list[tuple[int, int]],
+    timesteps: Timesteps,
     guidance_scale: float,
     hint: Tensor | None = None,
     texts: tuple[Tensor, Tensor] | None = None,
@@ -152,7 +152,7 @@ def sample_inpainting(
     image_embeds: Tensor,
     x: Tensor,
     draw: Callable[[], Tensor],
-    timesteps: list[tuple[int, int]],
+    timesteps: Timesteps,
     guidance_scale: float,
     z: Tensor,
     keep: Tensor,

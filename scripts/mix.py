@@ -68,19 +68,18 @@ def mix(pipe, call: dict, inputs: dict, weights: list[float]) -> ImageEmbeds:
 
 
 def draw_mixture(pipe, call, inputs):
-    embeds, words = mix(pipe, call, inputs, call["weights"]), drawing.beside_embeds(pipe)
-    return pipe.text2img(words, embeds=embeds, seed=pipe.seeds, **decoder_call(call), progress=True)
+    embeds, words = mix(pipe, call, inputs, call["weights"]), drawing.beside_embeds(pipe, call)
+    return pipe.text2img(**words, embeds=embeds, seed=pipe.seeds, **decoder_call(call), progress=True)
 
 
 def draw_frames(pipe, call, inputs):
     """Every frame from the same noise: only what it shows moves."""
     first = mix(pipe, call, inputs, [1, 0])
     last = mix(pipe, call | {"seed": pipe.seeds}, inputs, [0, 1])
-    frames, seeds = [], pipe.seeds
+    frames, seeds, words = [], pipe.seeds, drawing.beside_embeds(pipe, call)
     for share in torch.linspace(0, 1, call["frames"]):
         between = ImageEmbeds(torch.lerp(first[0], last[0], share), first[1])
-        words = drawing.beside_embeds(pipe)
-        frames += pipe.text2img(words, embeds=between, seed=seeds, **decoder_call(call), progress=True)
+        frames += pipe.text2img(**words, embeds=between, seed=seeds, **decoder_call(call), progress=True)
     return frames
 
 

@@ -18,9 +18,11 @@ def make_parser():
 
 
 def vary(pipe, call, inputs):
+    words = drawing.beside_embeds(pipe, call)
+    if call["negative_prompt"] is not None and not words:
+        raise ValueError("--negative-prompt goes with a prompt; variations of a picture take none")
     embeds = ImageEmbeds(pipe.embed_image(inputs.pop("image")))
-    given = call | inputs | {"prompt": drawing.beside_embeds(pipe)}
-    return pipe.text2img(embeds=embeds, **given, progress=True)
+    return pipe.text2img(embeds=embeds, **call | inputs | words, progress=True)
 
 
 @cli.one_line_errors

@@ -1,6 +1,7 @@
 """img2img, inpaint and mix as a user starts them, and the settings that pictures carry."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -369,6 +370,42 @@ def test_settings_that_are_too_large_too_deep_or_none_are_refused(settings, tmp_
         metadata.read(tmp_path / "gone.png")
 
 
+def test_what_would_not_be_read_back_is_not_written_and_the_picture_is(decoder_folder, files, capsys):
+    given = ["--weights", decoder_folder, "--height", "16", "--width", "16", *QUICK]
+    for flags, problem in (
+        (["cat " * 6000], "call: prompt is .* which is not allowed"),
+        (["cat", "--cache-every", "1001"], "call: cache_every is '1001', which is not allowed"),
+    ):
+        assert run("text2img", *flags, *given, "--out", files / "out.png", "--overwrite") == 0
+        assert re.search(f"warning: the settings are not kept in the PNG: {problem}", capsys.readouterr().err)
+        with pytest.raises(metadata.SettingsError, match="holds no settings"):
+            metadata.read(files / "out.png")
+    settings = metadata.describe(Kandinsky.from_pretrained(decoder_folder), "text2img", {}, 0, {}, 1.0)
+    assert "characters; at most" in metadata.problem(settings | {"task": "x" * metadata.MAX_LENGTH})
+
+
+def test_a_picture_is_kept_when_what_it_was_made_of_goes_meanwhile(decoder_folder, files, monkeypatch):
+    draw = Kandinsky.img2img
+
+    def drawn_meanwhile(*given, **named):
+        (files / "cat.png").unlink()
+        return draw(*given, **named)
+
+    monkeypatch.setattr(Kandinsky, "img2img", drawn_meanwhile)
+    given = ["cat", "--image", files / "cat.png", "--weights", decoder_folder, "--out", files / "out.png"]
+    assert run("img2img", *given, "--strength", "0.6", *QUICK) == 0
+    assert metadata.read(files / "out.png")["inputs"]["image"][0]["name"] == "cat.png"
+
+
+def test_a_picture_of_another_device_says_that_one_may_be_given(settings, tmp_path, capsys, decoder_folder):
+    there = saved(tmp_path / "there.png", changed(settings, "device", "cuda:77"))
+    given = ["--from-png", there, "--weights", decoder_folder, "--out", tmp_path / "out.png"]
+    assert run(settings["task"], *given) == 2
+    err = capsys.readouterr().err
+    assert "'cuda:77' cannot be used here" in err and "another --device may be given" in err
+    assert err.count("\n") == 1
+
+
 def test_nothing_that_settings_name_is_opened(decoder_folder, inpaint_folder, files, capsys, monkeypatch):
     monkeypatch.chdir(files)
     given = ["--image", "cat.png", "--weights", decoder_folder]
@@ -410,14 +447,19 @@ def test_nothing_that_settings_name_is_opened(decoder_folder, inpaint_folder, fi
             "a prompt or --prompts FILE, not",
         ),
         ("img2img", ["--prompts", "cat.png", "--image", "cat.png"], "cat.png is not UTF-8 text"),
-        ("img2img", ["--prompts", "gone.txt", "--image", "cat.png"], "No such file"),
+        ("img2img", ["--prompts", "gone.txt", "--image", "cat.png"], "--prompts: no file gone.txt; a"),
+        ("img2img", ["--prompt", "a cat", "--image", "cat.png"], "unrecognized arguments: --prompt"),
         ("img2img", ["--prompts", "empty.txt", "--image", "cat.png"], "empty.txt holds no prompt"),
         ("img2img", ["--from-png", "cat.png"], "cat.png holds no settings of this package"),
         ("inpaint", ["cat", "--image", "cat.png"], "give --image FILE and --mask FILE; see --help"),
         ("inpaint", ["cat", "--image", "cat.png", "--mask", "mask.png"], "is not for inpainting; use"),
         ("text2img", ["cat", "--hint", "depth.png"], "takes no hint; use kandinsky-2-2-controlnet-depth"),
         ("text2img", ["cat", "--image", "cat.png"], "give a prompt or --image, not both"),
-        ("text2img", ["--image", "cat.png", "--negative-prompt", "x"], "give either prompts or embeds"),
+        (
+            "text2img",
+            ["--image", "cat.png", "--negative-prompt", "x"],
+            "--negative-prompt goes with a prompt; var",
+        ),
         ("mix", [], "give prompts or --image FILE to mix; see --help"),
         ("mix", ["a", "b", "--mix-weights", "1"], "2 items and 1 weights; give one weight for each item"),
         ("mix", ["a", "--frames", "3"], "--frames leads from one item to another: two items"),

@@ -202,6 +202,17 @@ def test_scripts_draw_and_repeat_their_pictures(folders, tmp_path, monkeypatch, 
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
+@pytest.mark.parametrize("frames", [[], ["--frames", "2"]])
+def test_a_mixtures_negative_prompt_reaches_the_decoders_own_tower(folders, tmp_path, monkeypatch, frames):
+    given = []
+    draw = Kandinsky.text2img
+    monkeypatch.setattr(Kandinsky, "text2img", lambda pipe, **call: given.append(call) or draw(pipe, **call))
+    short = ["--steps", "1", "--prior-steps", "1", "--height", "16", "--width", "16"]
+    flags = ["--negative-prompt", NEGATIVE, "--weights", folders["text2img"], "--out", tmp_path / "a.png"]
+    assert run("mix", PROMPT, "a dog", *frames, *flags, *short) == 0
+    assert {(call["prompt"], call["negative_prompt"]) for call in given} == {("", NEGATIVE)}
+
+
 def test_loras_and_rewrites_go_on_and_come_off(folders, tmp_path):
     pipe = Kandinsky.from_pretrained(folders["text2img"])
     draw = lambda: pipe.text2img(PROMPT, embeds=embeds_of(), seed=0, **OURS)  # noqa: E731
