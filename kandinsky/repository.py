@@ -92,13 +92,27 @@ def write_prior_repository(folder: Path, clip: Path, trained: tuple[str, ...] = 
     write_json(index, Path(folder) / "model_index.json")
 
 
-def write_decoder_repository(folder: Path, movq: Path, inpaint: bool = False, hint: bool = False) -> None:
-    """All of a decoder's folder but the U-Net; the MoVQ is copied. Inpainting does not clip, as published."""
+def decoder_scheduler(known: Path | None, inpaint: bool) -> dict[str, Any]:
+    """The scheduler's file of a decoder: of the one that it is made from (known), or as published. Inpainting
+    does not clip, as published."""
+    has_one = known is not None and (known / "scheduler").is_dir()
+    settings = read_json(known / "scheduler" / "scheduler_config.json") if has_one else DDPM
+    return {**settings, "clip_sample": False} if inpaint else settings
+
+
+def write_decoder_repository(
+    folder: Path, movq: Path, scheduler: dict[str, Any] = DDPM, inpaint: bool = False, hint: bool = False
+) -> None:
+    """All of a decoder's folder but the U-Net; the MoVQ is copied. scheduler: see `decoder_scheduler`"""
     if movq.resolve() != (folder / "movq").resolve():
         copy_folder(movq, folder / "movq")
-    write_json({**DDPM, "clip_sample": not inpaint}, folder / "scheduler" / "scheduler_config.json")
+    write_json(scheduler, folder / "scheduler" / "scheduler_config.json")
     kind = "Inpaint" if inpaint else "Controlnet" if hint else ""
-    write_json({**DECODER_INDEX, "_class_name": f"KandinskyV22{kind}Pipeline"}, folder / "model_index.json")
+    names = {
+        "_class_name": f"KandinskyV22{kind}Pipeline",
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    write_json(DECODER_INDEX | names, folder / "model_index.json")
 
 
 def write_decoder_repository_2_1(folder: Path, movq: Path, known: Path) -> None:

@@ -26,8 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kandinsky import images
 from kandinsky.checkpoint import CheckpointError, atomic_file, open_safetensors, write_safetensors
+from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.optimize import is_optimized
 
+DROPPED = 0.1  # share of samples without text or image embedding (arXiv:2204.06125 §2.1 and §2.2)
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 
 
@@ -154,6 +156,14 @@ def initialize(model: nn.Module, seed: int, zero: tuple[str, ...] = ()) -> nn.Mo
 def save_as(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Writes a network's weights in another precision; the network keeps its own."""
     copy.deepcopy(network).to(dtype).save_pretrained(folder)
+
+
+def save_trained(network: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> None:
+    """Writes the network's LoRA, where it has one, else the network in its folder."""
+    if lora_parameters(network):
+        save_lora(network, folder / f"{name}-lora.safetensors")
+    else:
+        save_as(network, folder / name, dtype)
 
 
 def checkpoint_blocks(network: nn.Module, *kinds: type[nn.Module]) -> None:

@@ -20,14 +20,15 @@ from kandinsky import Kandinsky, MoVQ, UNet, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import UNetConfig
 from kandinsky.datasets import Samples, with_holes
-from kandinsky.diffusion_training import DecoderObjective, Painter, widen
+from kandinsky.decoder_training import DecoderObjective, Painter, widen
 from kandinsky.embedding_cache import Cache, build_cache, encode_decoder_texts
 from kandinsky.encoders import MultilingualCLIP
 from kandinsky.masks import keep_latents
 from kandinsky.parts import zero_image_embeds
 from kandinsky.prompts import MultilingualTokenizer
-from kandinsky.repository import write_decoder_repository, write_decoder_repository_2_1
-from kandinsky.schedulers import DDPMScheduler
+from kandinsky.repository import decoder_scheduler, write_decoder_repository, write_decoder_repository_2_1
+from kandinsky.scheduler_files import DECODER_SCHEDULERS, from_config
+from kandinsky.schedulers import DDPMScheduler, NoiseScheduler
 from kandinsky.training import initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
 
@@ -137,6 +138,14 @@ def check_task(args) -> None:
         raise ValueError(f"{what}, which {args.init} is not; train one first, without --lora")
 
 
+def make_scheduler(args) -> NoiseScheduler:
+    """--init's, as the written decoder will have it; 2.1 is trained on another schedule than it draws by."""
+    if reads_text(args):
+        return DDPMScheduler(clip_sample=False)
+    settings = decoder_scheduler(args.init, args.task == "inpaint")
+    return from_config(settings, f"{args.init}/scheduler", DECODER_SCHEDULERS)
+
+
 def make_unet(args, embedding_dim: int, f: int) -> UNet:
     if args.init is not None:
         known = UNet.from_pretrained(args.init / "unet", dtype=training_cli.lora_dtype(args))
@@ -166,7 +175,7 @@ def make_objective(args) -> DecoderObjective:
         painter = Painter(movq, samples, image_encoder(pixels))
     return DecoderObjective(
         unet,
-        DDPMScheduler(clip_sample=args.task != "inpaint" and not unet.config.text),
+        make_scheduler(args),
         cache,
         zero_image_embeds(image_encoder),
         painter,
@@ -183,7 +192,9 @@ def main(argv=None) -> int:
     if args.lora is None and reads_text(args):
         write_decoder_repository_2_1(args.out, args.movq / "movq", args.init)
     elif args.lora is None:
-        write_decoder_repository(args.out, args.movq / "movq", args.task == "inpaint", args.task == "hint")
+        of_task = {"inpaint": args.task == "inpaint", "hint": args.task == "hint"}
+        scheduler = decoder_scheduler(args.init, of_task["inpaint"])
+        write_decoder_repository(args.out, args.movq / "movq", scheduler, **of_task)
     training_cli.train(make_objective(args), args, ResnetBlock, AttentionBlock)
     return 0
 

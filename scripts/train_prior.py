@@ -12,10 +12,10 @@ import torch
 from kandinsky import Prior, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import PriorConfig
-from kandinsky.diffusion_training import PriorObjective, deepen
 from kandinsky.embedding_cache import build_cache, encode_texts
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.prior import Block
+from kandinsky.prior_training import PriorObjective, deepen
 from kandinsky.prompts import PromptTokenizer
 from kandinsky.repository import write_prior_repository
 from kandinsky.schedulers import UnCLIPScheduler

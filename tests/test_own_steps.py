@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kandinsky import Prior, diffusion_training
-from kandinsky.diffusion_training import PriorObjective
+from kandinsky import Prior, prior_training
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.own_steps import earlier_than, noised, own_noise
+from kandinsky.prior_training import PriorObjective
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer
 from tests.helpers import randn, relative_l2
@@ -51,14 +51,14 @@ def objective_of(share: float) -> PriorObjective:
 @pytest.fixture
 def noises(monkeypatch) -> list[dict]:
     """What `own_noise` is given, and what the loss then gets as noise."""
-    seen, real = [], diffusion_training.own_noise
+    seen, real = [], prior_training.own_noise
 
     def spy(scheduler, x0, guess, x, earlier, t, noise):
         made = real(scheduler, x0, guess, x, earlier, t, noise)
         seen.append({"x0": x0, "guess": guess, "x": x, "earlier": earlier, "t": t, "made": made})
         return made
 
-    monkeypatch.setattr(diffusion_training, "own_noise", spy)
+    monkeypatch.setattr(prior_training, "own_noise", spy)
     return seen
 
 
@@ -87,13 +87,13 @@ def test_own_steps_go_with_a_text_tower_in_training(noises):
 
 
 def test_the_share_of_rows_is_as_asked_and_the_others_are_left_as_they_are(monkeypatch):
-    taken, real = [], diffusion_training.prior_loss
+    taken, real = [], prior_training.prior_loss
 
     def loss(prior, scheduler, x0, noise, *others):
         taken.append(noise)
         return real(prior, scheduler, x0, noise, *others)
 
-    monkeypatch.setattr(diffusion_training, "prior_loss", loss)
+    monkeypatch.setattr(prior_training, "prior_loss", loss)
     with torch.no_grad():
         for share in (0.0, 0.5, 1.0):
             objective = objective_of(share)

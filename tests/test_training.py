@@ -20,23 +20,17 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from kandinsky import MoVQ, Prior, UNet, diffusion_training, images, shapes
+from kandinsky import MoVQ, Prior, UNet, decoder_training, images, prior_training, shapes
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
-from kandinsky.diffusion_training import (
-    DecoderObjective,
-    PriorObjective,
-    decoder_loss,
-    deepen,
-    prior_loss,
-    widen,
-)
+from kandinsky.decoder_training import DecoderObjective, decoder_loss, widen
 from kandinsky.embedding_cache import Cache, build_cache
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import to_pil
 from kandinsky.judge import see
 from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses, spot_loss
+from kandinsky.prior_training import PriorObjective, deepen, prior_loss
 from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize
@@ -169,7 +163,7 @@ def test_captions_read_in_groups_of_like_length_give_the_loss_of_one_batch(monke
         prefill = objective.prior.prefill
         objective.prior.prefill = lambda *text: (read.append(text[2]), prefill(*text))[1]
         for groups in (1, 4):
-            monkeypatch.setattr(diffusion_training, "LENGTHS", groups)
+            monkeypatch.setattr(prior_training, "LENGTHS", groups)
             with torch.no_grad():
                 losses.append(objective.loss(objective.batch(range(9)), Draws("0", slice(None), 9))[0])
         torch.testing.assert_close(losses[-1], losses[-2])
@@ -278,7 +272,7 @@ def test_where_the_image_is_dropped_2_1_reads_the_empty_prompt(monkeypatch):
         given.update(entrance, image_embeds=image_embeds)
         return x0.mean(), x0.mean()
 
-    monkeypatch.setattr(diffusion_training, "decoder_loss", loss)
+    monkeypatch.setattr(decoder_training, "decoder_loss", loss)
     unet = UNet(SIZES_2_1["small"].unet)
     objective = DecoderObjective(unet, DDPMScheduler(clip_sample=False), cache, torch.zeros(1, EMBEDDING_DIM))
     objective.loss(objective.batch(list(range(12)) * 8), Draws("0", slice(None), 96))

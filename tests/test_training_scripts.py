@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,19 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from diffusers import KandinskyV22CombinedPipeline, KandinskyV22Pipeline, KandinskyV22PriorPipeline
+import train_decoder
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    KandinskyV22CombinedPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from train_decoder import known_latents
 
-from kandinsky import Kandinsky, MoVQ, Prior, UNet, datasets, diffusion_training, random_weights
+from kandinsky import Kandinsky, MoVQ, Prior, UNet, datasets, decoder_training, random_weights
 from kandinsky.cli import WEIGHTS
 from kandinsky.datasets import Folder, Shapes, with_holes
 from kandinsky.embedding_cache import Cache
@@ -51,9 +59,9 @@ def run(script: str, *args) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
     """The sample pictures of a run take most of these short ones' time."""
-    few = partial(diffusion_training.draw_latents, num_steps=2)
+    few = partial(decoder_training.draw_latents, num_steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion_training, "draw_latents", few)
+        patch.setattr(decoder_training, "draw_latents", few)
         yield
 
 
@@ -100,6 +108,25 @@ def test_what_the_scripts_write_draws_the_same_pictures_in_diffusers(trained):
     movq = load_file(trained / "mini-decoder" / "movq" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in movq.values()} == {torch.float16}
     assert_same_pictures(trained, 16, 4)
+
+
+@pytest.mark.parametrize("task, clips", [("text2img", True), ("inpaint", False)])
+def test_a_fine_tune_keeps_the_scheduler_that_it_starts_from(trained, tmp_path, task, clips):
+    init, out = tmp_path / "theirs", tmp_path / "mini-decoder"
+    shutil.copytree(trained / "mini-decoder", init)
+    settings = {"beta_start": 0.001, "beta_end": 0.02, "clip_sample": True, "steps_offset": 0}
+    DDIMScheduler(**settings).save_pretrained(init / "scheduler")
+    data = ["--data", trained / "pictures", "--size", "16", *SHORT]
+    given = ["--task", task, "--init", init, "--clip", trained / "mini-prior", "--movq", init]
+    assert run("train_decoder", "--out", out, *given, *data) == 0
+    ours = Kandinsky.from_pretrained(out).scheduler
+    assert type(ours).__name__ == "DDIMScheduler" and ours.clip_sample == clips
+    assert (ours.beta_start, ours.beta_end, ours.steps_offset) == (0.001, 0.02, 0)
+    theirs = DiffusionPipeline.from_pretrained(out).scheduler
+    assert type(theirs) is DDIMScheduler and theirs.config.beta_end == 0.02
+    parsed = train_decoder.parse_args([*map(str, given), "--out", str(out)])
+    trained_on = train_decoder.make_scheduler(parsed)
+    assert torch.equal(trained_on.alphas_cumprod, ours.alphas_cumprod) and trained_on.clip_sample == clips
 
 
 def test_a_finished_run_changes_nothing_when_started_again(trained):
