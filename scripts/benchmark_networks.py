@@ -24,13 +24,13 @@ Runs = tuple[Callable, Callable, int]  # of ours, of theirs, how often theirs is
 Result = dict[str, Any]
 
 
-def in_turn(runs: int, timed: dict[str, Callable[[], Any]]) -> dict[str, list]:
-    """What each gives, one after the other, again and again; the first round is not counted."""
+def in_turn(runs: int, timed: dict[str, Callable[[], Any]], warm_up: int = 1) -> dict[str, list]:
+    """What each gives, one after the other, again and again; the first rounds, `warm_up`, are not counted."""
     given = {name: [] for name in timed}
-    for run in range(runs + 1):
+    for run in range(runs + warm_up):
         for name, once in timed.items():
             result = once()
-            if run > 0:
+            if run >= warm_up:
                 given[name].append(result)
     return given
 
@@ -132,30 +132,44 @@ def each_part(args, measure: Callable[[Any, str], Result]) -> Iterator[tuple[str
             gc.collect()
 
 
-@torch.no_grad()
-def measure_part(args, name: str) -> Result:
-    """Seconds of diffusers, ours, and ours optimized, how far each lies from diffusers in float32, and the
-    floor of the work that ours does."""
-    model, (ours, theirs, repeats) = random_part(args, name)
-    exact = theirs(reference_for(model)).float()
-    model = model.to(getattr(torch, args.dtype))
-    reference = reference_for(model)
-    subjects = {"diffusers": (reference, theirs, repeats)}
+def subjects_of(args, name: str, model: nn.Module, runs: Runs) -> dict[str, tuple[nn.Module, Callable, int]]:
+    """What is measured: a network, how it is called, and how often that is needed for one call of ours."""
+    ours, theirs, repeats = runs
+    subjects = {"diffusers": (reference_for(model), theirs, repeats)}
     if args.compile:
         compiled = reference_for(model)
         (compiled.decoder if name == "movq" else compiled).compile()
         subjects["diffusers, compiled"] = (compiled, theirs, repeats)
     subjects["ours"] = (model, ours, 1)
     if name != "zero_image":  # a vector is read
-        for key, changed in optimized(args, model).items():
-            subjects[key] = (changed, ours, 1)
+        subjects |= {key: (changed, ours, 1) for key, changed in optimized(args, model).items()}
+    return subjects
+
+
+@torch.no_grad()
+def measure_part(args, name: str) -> Result:
+    """Seconds of diffusers, ours, and ours optimized, how far each lies from diffusers in float32, and the
+    floor of the work that ours does."""
+    model, runs = random_part(args, name)
+    ours, theirs = runs[:2]
+    exact = theirs(reference_for(model)).float()
+    subjects = subjects_of(args, name, model.to(getattr(torch, args.dtype)), runs)
     gc.collect()
-    away = {key: distance(call(subject).float(), exact) for key, (subject, call, _) in subjects.items()}
-    work = roofline.work_of(lambda: ours(model))
+
+    def away_from_exact(key: str) -> float:
+        subject, call, _ = subjects[key]
+        return distance(call(subject).float(), exact)
+
+    away = {key: away_from_exact(key) for key in subjects if key != "ours"}
+    with roofline.Work() as work:
+        away["ours"] = away_from_exact("ours")
     timed = {key: stopwatch(args, subject, call, times) for key, (subject, call, times) in subjects.items()}
-    result = {"seconds": in_turn(args.runs, timed), "relative_l2": away}
+    # warm from the call before, but for a graph, which is captured at the second
+    seconds = in_turn(args.runs, timed, warm_up=1 if args.device.type == "cuda" else 0)
+    result = {"seconds": seconds, "relative_l2": away}
     rates = roofline.machine(args.device, getattr(torch, args.dtype))
-    result |= {"floor": work.seconds(*rates.values()), **rates}
+    floor = 0.0 if name == "zero_image" else work.seconds(*rates.values())  # it is computed once, then read
+    result |= {"floor": floor, **rates}
     if name == "unet":
         timed = {
             key: stopwatch(args, subject, lambda u: prepare(args, u, 50), 1)

@@ -46,12 +46,6 @@ class Work(TorchDispatchMode):
         return sum(max(flop / peak, size / bandwidth) for flop, size in self.layers)
 
 
-def work_of(call: Callable[[], Any]) -> Work:
-    with Work() as work:
-        call()
-    return work
-
-
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """The highest rates seen: of a large matrix product, and of copying, reading and writing both counted."""
     n, numbers = (8192, 2**29) if device.type == "cuda" else (1536, 2**26)

@@ -59,10 +59,8 @@ def test_the_benchmark_measures_parts_beside_their_distance(capsys):
 def test_the_roofline_counts_each_product_and_what_it_moves():
     conv, norm = nn.Conv2d(8, 16, 3, padding=1), nn.GroupNorm(4, 16)
     linear, x, y = nn.Linear(16, 4), torch.zeros(2, 8, 5, 5), torch.zeros(2, 4, 6, 16)
-    with torch.no_grad():
-        work = load("roofline").work_of(
-            lambda: (norm(conv(x)), linear(torch.zeros(3, 16)), F.scaled_dot_product_attention(y, y, y))
-        )
+    with torch.no_grad(), load("roofline").Work() as work:
+        norm(conv(x)), linear(torch.zeros(3, 16)), F.scaled_dot_product_attention(y, y, y)
     convolved, product = 2 * 2 * 16 * 25 * 8 * 9, 2 * 3 * 16 * 4
     assert [flop for flop, _ in work.layers] == [convolved, 0, product, 2 * 2 * 2 * 4 * 6 * 6 * 16]
     assert work.layers[0][1] == 4 * (x.numel() + conv.weight.numel() + 16 + 2 * 16 * 25)
