@@ -10,32 +10,44 @@ Each stands in for the U-Net in the loops of `kandinsky.sampling`, which know of
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kandinsky.unet import Conditioning, Plan, UNet
 
-Like = Any  # a UNet, or what stands in for one
+
+class Denoiser(Protocol):
+    """What the loops need of a U-Net, and what stands in for one."""
+
+    def prepare(self, image_embeds: Tensor, timesteps: Sequence[int], *others: Tensor | None) -> Any: ...
+
+    def step(self, x: Tensor, plan: Any, index: int) -> Tensor: ...
+
+
+class Plans(NamedTuple):
+    """Of all rows, and of the conditional ones alone."""
+
+    guided: Plan
+    unguided: Plan
 
 
 class GuidanceInterval:
     """Guides the steps of which index / num_steps lies in [start, stop). Rows: unconditional ones first."""
 
-    def __init__(self, unet: Like, start: float, stop: float):
+    def __init__(self, unet: Denoiser, start: float, stop: float):
         self.unet, self.start, self.stop = unet, start, stop
 
-    def prepare(self, image_embeds: Tensor, timesteps: Sequence[int], *others: Tensor | None) -> Plan:
+    def prepare(self, image_embeds: Tensor, timesteps: Sequence[int], *others: Tensor | None) -> Plans:
         plan = self.unet.prepare(image_embeds, timesteps, *others)
-        self.guided, self.unguided = plan, last_rows(plan, len(image_embeds) // 2)
-        return plan
+        return Plans(plan, last_rows(plan, len(image_embeds) // 2))
 
-    def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
-        """As UNet's; outside the interval both halves are the conditional one, which guidance leaves."""
-        if self.start <= index / len(plan.temb) < self.stop:
-            return self.unet.step(x, self.guided, index)
-        cond = self.unet.step(x[len(x) // 2 :], self.unguided, index)
+    def step(self, x: Tensor, plans: Plans, index: int) -> Tensor:
+        """As UNet's; outside the interval both halves are the conditional prediction, left as it is."""
+        if self.start <= index / len(plans.guided.temb) < self.stop:
+            return self.unet.step(x, plans.guided, index)
+        cond = self.unet.step(x[len(x) // 2 :], plans.unguided, index)
         return torch.cat([cond, cond])
 
 
@@ -89,7 +101,9 @@ def outermost(
     return unet.leave(x)
 
 
-def approximate(unet: UNet, guided: bool, guidance_interval: tuple[float, float], cache_every: int) -> Like:
+def approximate(
+    unet: UNet, guided: bool, guidance_interval: tuple[float, float], cache_every: int
+) -> Denoiser:
     """What stands in for the U-Net in a loop; itself where nothing is left out. guided: half of the rows are
     unconditional."""
     if cache_every > 1:

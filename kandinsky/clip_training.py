@@ -329,7 +329,8 @@ def scene_loss(logits: list[Tensor], labels: Tensor) -> Tensor:
 
 
 def shared_mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """This process's share of the mean of the chosen values of all: the processes' mean is that of one."""
+    """The mean of the chosen values over all processes' batches, as this process's part of it: the average of
+    the processes' parts is the mean that one process alone would have."""
     count = chosen.sum().float()
     if world_size() > 1:
         distributed.all_reduce(count)

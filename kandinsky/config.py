@@ -99,7 +99,8 @@ def read_config(config_class: type, published: dict[str, Any], source: str = "co
 
 
 def _check_fixed_fields(config: Any, published: dict[str, Any], source: str) -> None:
-    """Refuses a file that says, or by saying nothing means, what the network does not model."""
+    """Raises a CheckpointError where a field has a value that the network does not model, or is missing and
+    would then mean one. LATER_FIELDS are what later versions of diffusers write, with the value modelled."""
     config_class, ours = type(config), config.published()
     needed = {name for name, value in ours.items() if value not in (None, False)} - config_class.IGNORED
     if not needed <= published.keys():

@@ -22,7 +22,7 @@ from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
-from kandinsky.unet import NUM_IMAGE_TOKENS, UNet
+from kandinsky.unet import NUM_IMAGE_TOKENS, NUM_IMAGE_TOKENS_BESIDE_TEXT, UNet
 
 Tensors = dict[str, Tensor]
 Rules = list[tuple[str, str | Callable[[re.Match], str]]]
@@ -31,7 +31,6 @@ PUBLISHED_PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 HEAD_DIM = 64  # of every head in the released prior and decoder
 NETWORKS = (Prior, UNet, MoVQ, CLIPTextEncoder, CLIPImageEncoder)
 TEXT_IMAGE = {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj"}  # 2.1's decoder
-NUM_IMAGE_TOKENS_2_1 = 10
 
 # Attention with all heads in one matrix: the rows of a head stand together, and in them those of each part.
 SPLITS = {"qkv": ("to_q", "to_k", "to_v"), "encoder_kv": ("add_k_proj", "add_v_proj")}
@@ -218,7 +217,7 @@ def expected_tensors(config: dict[str, Any], source: str = "config.json") -> Ten
         "add_embedding.text_proj": (temb_dim, width),
         "add_embedding.image_proj": (temb_dim, width),
         "add_embedding.text_norm": (temb_dim,),
-        "encoder_hid_proj.image_embeds": (NUM_IMAGE_TOKENS_2_1 * width, width),
+        "encoder_hid_proj.image_embeds": (NUM_IMAGE_TOKENS_BESIDE_TEXT * width, width),
         "encoder_hid_proj.text_proj": (width, text_dim),
     }
     own = {f"{name}.weight": shape for name, shape in linears.items()}
@@ -339,7 +338,7 @@ def _unet_config(tensors: Tensors, head_dim: int) -> dict[str, Any]:
     levels = range(_count(tensors, r"down_blocks\.(\d+)\."))
     channels = (tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels)
     text_proj = tensors.get("encoder_hid_proj.text_proj.weight")
-    num_image_tokens = NUM_IMAGE_TOKENS if text_proj is None else NUM_IMAGE_TOKENS_2_1
+    num_image_tokens = NUM_IMAGE_TOKENS if text_proj is None else NUM_IMAGE_TOKENS_BESIDE_TEXT
     width, embedding_dim = tensors["encoder_hid_proj.image_embeds.weight"].shape
     config = UNetConfig(
         in_channels=tensors["conv_in.weight"].shape[1],

@@ -84,15 +84,18 @@ def trace(
         call: its further arguments (`image`, `mask_image`, `hint`, `strength`, `guidance_scale`, `height` …).
 
     Raises:
-        ValueError: as the two calls do; a task that is none; an argument that would make it other pictures.
+        ValueError: what the two calls raise; no such task; an argument that asks for more than one picture,
+            or for other than whole steps.
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; allowed are {', '.join(TASKS)}")
     for name in ("num_images_per_prompt", "output_type", "embeds", "on_step", "progress", "cache_every"):
         if name in call:
             raise ValueError(f"a trace follows one picture, in whole steps; it takes no {name}")
-    arguments.whole(prior_num_inference_steps, "prior_num_inference_steps", 1, 1000)
-    arguments.whole(num_inference_steps, "num_inference_steps", 1, 1000)
+    arguments.whole(
+        prior_num_inference_steps, "prior_num_inference_steps", 1, pipe.prior_scheduler.num_train_steps
+    )
+    arguments.whole(num_inference_steps, "num_inference_steps", 1, pipe.scheduler.num_train_steps)
     if "strength" in call:
         arguments.share(call["strength"], "strength")
     pipe._check_task(task, call.get("hint"))

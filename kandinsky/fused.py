@@ -26,19 +26,19 @@ def norm_silu(
     bias: Tensor,
     num_groups: int,
     eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
     activate: bool = True,
 ) -> Tensor:
-    """silu(group_norm(x) · (1 + scale) + shift). x: (b, c, h, w), scale and shift: (b, c) -> like x"""
+    """silu(group_norm(x) · (1 + scale) + shift). x: (b, c, h, w), modulation: scale and shift, (b, c) each
+    -> like x"""
     groups = x.float().unflatten(1, (num_groups, -1))
     var, mean = torch.var_mean(groups, dim=(2, 3, 4), correction=0)
     size = x.shape[1] // num_groups
     a = (var + eps).rsqrt().repeat_interleave(size, dim=1) * weight.float()
     b = bias.float() - mean.repeat_interleave(size, dim=1) * a
-    if scale is not None and shift is not None:
-        scale, shift = 1 + scale.float(), shift.float()
-        a, b = a * scale, b * scale + shift
+    if modulation is not None:
+        scale, shift = modulation
+        a, b = a * (1 + scale.float()), b * (1 + scale.float()) + shift.float()
     out = torch.addcmul(b[:, :, None, None], x.float(), a[:, :, None, None])
     return (F.silu(out) if activate else out).to(x.dtype)
 
@@ -49,8 +49,8 @@ def can_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels work on this machine, and rightly: they need Triton, which needs a C compiler."""
     try:
         x, weight, scale = (torch.linspace(-1, 2, n, device=device) for n in (4 * 32 * 80, 32, 4 * 32))
-        given = x.reshape(4, 32, 8, 10), weight, weight, 8, 1e-5, scale.reshape(4, 32), scale.reshape(4, 32)
-        given = [a.to(dtype) if isinstance(a, Tensor) else a for a in given]
+        x, weight, scale = (a.to(dtype) for a in (x.reshape(4, 32, 8, 10), weight, scale.reshape(4, 32)))
+        given = x, weight, weight, 8, 1e-5, (scale, scale)
         with torch.cuda.device_of(x):
             torch.testing.assert_close(kernels()(*given), norm_silu(*given), rtol=0.02, atol=0.02)
     except torch.OutOfMemoryError:
@@ -69,13 +69,15 @@ def kernels() -> Callable:
     return fused_kernels.norm_silu
 
 
-def apply(norm: nn.GroupNorm, x: Tensor, *modulation: Tensor, activate: bool = True) -> Tensor:
+def apply(
+    norm: nn.GroupNorm, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, activate: bool = True
+) -> Tensor:
     """`norm_silu` with a norm's weights, in Triton where the map is on CUDA."""
-    given = x, norm.weight, norm.bias, norm.num_groups, norm.eps, *modulation
+    given = x, norm.weight, norm.bias, norm.num_groups, norm.eps, modulation, activate
     if not x.is_cuda:
-        return norm_silu(*given, activate=activate)
+        return norm_silu(*given)
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        return kernels()(*given, activate=activate)
+        return kernels()(*given)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -94,7 +96,7 @@ class FusedResnetBlock(unet.ResnetBlock):
         if wants_gradient(x, self.conv1.weight):
             return super().forward(x, modulation)
         out = self.resized(apply(self.norm1, x))
-        out = self.conv2(apply(self.norm2, out, *modulation))
+        out = self.conv2(apply(self.norm2, out, modulation))
         return self.conv_shortcut(self.resize(x)) + out
 
     def resized(self, x: Tensor) -> Tensor:

@@ -114,8 +114,7 @@ def norm_silu(
     bias: Tensor,
     num_groups: int,
     eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
     activate: bool = True,
 ) -> Tensor:
     """As `kandinsky.fused.norm_silu`; the result is in NHWC order whatever x is in."""
@@ -129,10 +128,10 @@ def norm_silu(
     means, spreads = torch.empty(2, images, chunks, channels, device=x.device)
     moments[grid](x, means, spreads, pixels, channels, **tile)
 
-    modulated = scale is not None and shift is not None
-    vectors = (weight, bias, scale.contiguous(), shift.contiguous()) if modulated else (weight, bias) * 2
+    scale, shift = modulation or (weight, bias)  # where there is none, nothing is read of these
     a, b = torch.empty(2, images, channels, device=x.device)
-    sizes = (pixels, channels, chunks, size, eps, modulated, PIXELS, PARTS)
+    sizes = (pixels, channels, chunks, size, eps, modulation is not None, PIXELS, PARTS)
+    vectors = weight, bias, scale.contiguous(), shift.contiguous()
     affine[num_groups, images](means, spreads, *vectors, a, b, *sizes)
 
     out = torch.empty_like(x)

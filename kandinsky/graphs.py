@@ -29,6 +29,8 @@ WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
 class _Graphed(nn.Module):
     """A network whose `graph` is replayed on a CUDA device, but where there are hooks or gradients."""
 
+    MADE = ("graph", "decoded")  # what `restore` takes away
+
     def replayed(
         self, rests_on: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
     ) -> Tensor:

@@ -83,9 +83,9 @@ def feather(x: Tensor, pixels: int) -> Tensor:
 def keep_latents(x: Tensor, downscale: int) -> Tensor:
     """What the inpainting U-Net was trained on: 1 where a latent is kept.
 
-    A block of `downscale`² pixels goes by its top left one, and each repainted latent takes six of its eight
-    neighbours along (not the top right and the bottom left one): the maximum over the 2×2 latents that start
-    there and the 2×2 that end there. x: (b, 1, H, W) of 0 and 1 -> (b, 1, h, w)
+    The mask is read at the top left pixel of each block of `downscale`². Each repainted latent makes six of
+    its eight neighbours repainted too, all but the top right and the bottom left one: the maximum over the
+    2×2 latents that start there and the 2×2 that end there. x: (b, 1, H, W) of 0 and 1 -> (b, 1, h, w)
     """
     x = x[..., ::downscale, ::downscale]
     squares = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 2, stride=1)  # (b, 1, h + 1, w + 1)

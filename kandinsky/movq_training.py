@@ -48,8 +48,12 @@ def adversarial_losses(discriminator: nn.Module, out: Tensor, pixels: Tensor) ->
 class MoVQObjective(Objective):
     """Trains the autoencoder; with frozen_encoder only what decodes, so that latents stay as they are.
 
-    latent_noise is added before decoding: a sampler's latents are never exact, and where small steps change
-    little they are easier to sample.
+    Args:
+        edges, codebook, bounds, spots, adversarial: weights of the losses beside the mean error: `edge_loss`,
+            codebook and commitment, latents beyond ±1, `spot_loss`, and the discriminator's.
+        crop: side of the crops that the discriminator sees; None: whole pictures.
+        latent_noise: is added before decoding: a sampler's latents are never exact, and where small steps
+            change little they are easier to sample.
     """
 
     def __init__(
@@ -143,10 +147,10 @@ def edge_loss(out: Tensor, pixels: Tensor) -> Tensor:
 
 
 def spot_loss(out: Tensor, pixels: Tensor) -> Tensor:
-    """The squared error's mean over pictures of the worst square, each averaged before it is squared: edges
-    hardly count, a patch of another colour does. Group norms tempt a network to such patches in a corner,
-    where a value out of range shifts the statistics of the whole map (arXiv:1912.04958 §2). The last squares
-    are narrower where a side is no multiple of 4."""
+    """Averages the error over squares, squares these averages, and takes each picture's worst: errors that
+    cancel out within a square, as at edges, hardly count, a patch of another colour does. Group norms tempt a
+    network to such patches in a corner, where a value out of range shifts the statistics of the whole map
+    (arXiv:1912.04958 §2). The last squares are narrower where a side is no multiple of 4."""
     side = min(SQUARE, *out.shape[-2:])
     errors = F.avg_pool2d(out - pixels, side, max(side // 2, 1), ceil_mode=True)
     return errors.square().mean(dim=1).flatten(1).amax(dim=1).mean()

@@ -228,6 +228,8 @@ def _swap(network: nn.Module, classes: set[type], on: str | None = None, table: 
     return len(found)
 
 
+# In the order in which they are done: a packed layer would not be merged; Winograd is of packed layers; fused
+# norms are of merged blocks, too.
 REWRITES: dict[str, Rewrite] = {
     "merged upsampling": merge_upsampling,
     "low spatial norm": lower_spatial_norms,
@@ -270,7 +272,7 @@ def optimize(
         compile: under `torch.compile` too.
 
     Returns:
-        how many layers each rewrite changed; it and those asked for before.
+        how many layers each rewrite changed, those of earlier calls included.
 
     Raises:
         ValueError: an unknown rewrite, or two that do not go together, with those asked for before.
@@ -281,7 +283,7 @@ def optimize(
     rewrites = tuple(dict.fromkeys((*earlier, *rewrites)))
     _check(rewrites)
     if earlier != rewrites:
-        restore(network)  # a packed layer would not be merged; each rewrite expects those before it
+        restore(network)  # each rewrite expects those before it
     network.rewrites = rewrites
     return {name: rewrite(network) for name, rewrite in REWRITES.items() if name in rewrites}
 
@@ -304,7 +306,7 @@ def restore(network: nn.Module) -> None:
         if isinstance(layer, Packed):
             layer.unpack()
         elif type(layer) in PLAIN:
-            for made in ("merged", "graph", "decoded"):
+            for made in getattr(layer, "MADE", ()):
                 vars(layer).pop(made, None)
             layer.__class__ = PLAIN[type(layer)]
         if vars(layer).pop("was_contiguous", False):
@@ -314,7 +316,8 @@ def restore(network: nn.Module) -> None:
 
 
 def is_optimized(network: nn.Module) -> bool:
-    """Whether any of its layers is of a faster class; order and compiling leave it as good for training."""
+    """Whether any layer is of a faster class. Weights in another order, and compiling, do not count: such a
+    network can be trained."""
     return any(isinstance(layer, (Packed, *PLAIN)) for layer in network.modules())
 
 

@@ -287,7 +287,8 @@ class Kandinsky(Requests):
             unet = self._shortened(unet, request)
             return self._run(loop(unet, image_embeds, x, draw), num_steps, *request.watch, "decoder")
 
-    def _shortened(self, unet: UNet, request: Request) -> UNet:
+    def _shortened(self, unet: UNet, request: Request) -> Any:
+        """The U-Net, or what leaves out some of its work."""
         if request.shortcuts == ((0.0, 1.0), 1):
             return unet
         from kandinsky.approximate import approximate

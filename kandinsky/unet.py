@@ -45,6 +45,7 @@ from kandinsky.config import UNetConfig
 from kandinsky.layers import TimestepMLP, attention
 
 NUM_IMAGE_TOKENS, NUM_IMAGE_TOKENS_BESIDE_TEXT = 32, 10
+STEPS_AT_ONCE = 64  # whose scale and shift a plan holds: 0.27 MiB a step and row at the released size
 
 # scale and shift of a ResnetBlock; keys and values of an AttentionBlock
 Conditioning = dict[nn.Module, tuple[Tensor, Tensor]]
@@ -266,15 +267,16 @@ def hint_network() -> nn.Sequential:
 class Plan:
     """What a whole loop gives to the blocks, made by `UNet.prepare`.
 
-    Scale and shift of every block are 0.27 MiB a step and row at the released size, so they are made for 64
-    steps at a time, when the first of these is reached.
+    Scale and shift of every block are made for so many steps at once when the first of these is reached.
     """
 
     temb: Tensor  # (steps, b, d)
     added: Conditioning  # of the attention blocks, the same for every step
     hint_features: Tensor | None  # (b, 4, h, w)
-    chunk: int = -1  # which 64 steps `modulations` is of
-    modulations: Conditioning = field(default_factory=dict)  # of the residual blocks, (64, b, c) each
+    chunk: int = -1  # which of these groups of steps `modulations` is of
+    modulations: Conditioning = field(
+        default_factory=dict
+    )  # of the residual blocks, (STEPS_AT_ONCE, b, c) each
 
 
 class UNet(nn.Module, Pretrained):
@@ -392,9 +394,9 @@ class UNet(nn.Module, Pretrained):
         """What a plan gives to the blocks at its index-th timestep."""
         if not 0 <= index < len(plan.temb):
             raise IndexError(f"index is {index}; this plan has {len(plan.temb)} timesteps")
-        chunk, row = divmod(index, 64)
+        chunk, row = divmod(index, STEPS_AT_ONCE)
         if chunk != plan.chunk:
-            plan.modulations = self._modulations(plan.temb[64 * chunk : 64 * (chunk + 1)])
+            plan.modulations = self._modulations(plan.temb[index - row :][:STEPS_AT_ONCE])
             plan.chunk = chunk
         modulations = {block: (scale[row], shift[row]) for block, (scale, shift) in plan.modulations.items()}
         return plan.added | modulations

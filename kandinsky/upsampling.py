@@ -67,6 +67,8 @@ def _last_alone(taps: Tensor, dim: int) -> Tensor:
 class Merged:
     """A block whose `merged` stands for an upsampling and the convolution behind it."""
 
+    MADE = ("merged",)  # what `restore` takes away
+
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Casts and moves the convolution's own weight, and merges anew."""
         order = None if self.merged.weight is None else bands.order_of(self.merged.weight)

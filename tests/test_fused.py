@@ -27,26 +27,30 @@ def test_the_fused_norm_is_the_sequence_that_it_stands_for(device, order, modula
         norm = nn.GroupNorm(16, c).to(device)
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
         x = 3 + randn(b, c, h, w, seed=seed).to(device).to(memory_format=order)
-        modulation = [randn(b, c, seed=10 + i).to(device) for i in range(2)] if modulated else []
+        modulation = tuple(randn(b, c, seed=10 + i).to(device) for i in range(2)) if modulated else None
         expected = norm(x)
         if modulated:
             scale, shift = (m[:, :, None, None] for m in modulation)
             expected = expected * (1 + scale) + shift
-        out = fused.apply(norm, x, *modulation, activate=activate)
+        out = fused.apply(norm, x, modulation, activate)
         assert relative_l2(out, F.silu(expected) if activate else expected) <= 2e-6
         assert out.is_contiguous(memory_format=order if device == "cpu" else torch.channels_last)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_lies_no_further_from_float32_in_half_precision(dtype):
-    norm, x, modulation = nn.GroupNorm(8, 64), 2 + randn(2, 64, 8, 8), [randn(2, 64, seed=i) for i in (1, 2)]
+    norm, x, modulation = (
+        nn.GroupNorm(8, 64),
+        2 + randn(2, 64, 8, 8),
+        tuple(randn(2, 64, seed=i) for i in (1, 2)),
+    )
 
     def plain(norm, x, scale, shift):
         return F.silu(norm(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
 
     exact, half = plain(norm, x, *modulation), copy.deepcopy(norm).to(dtype)
     given = [a.to(dtype) for a in (x, *modulation)]
-    ours, theirs = fused.apply(half, *given), plain(half, *given)
+    ours, theirs = fused.apply(half, given[0], tuple(given[1:])), plain(half, *given)
     assert (
         ours.dtype == dtype and relative_l2(ours.float(), exact) <= relative_l2(theirs.float(), exact) * 1.1
     )

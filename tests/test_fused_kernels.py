@@ -27,8 +27,8 @@ def test_they_compute_what_is_written_in_pytorch(modulated, activate, dtype, all
     for b, c, h, w, num_groups in SIZES:
         x = (3 + randn(b, c, h, w)).to(dtype).to(memory_format=order)
         weight, bias = (randn(c, seed=seed).to(dtype) for seed in (1, 2))
-        scale, shift = randn(b, 2 * c, seed=3).to(dtype).chunk(2, dim=1) if modulated else (None, None)
-        given = x, weight, bias, num_groups, 1e-5, scale, shift, activate
+        modulation = randn(b, 2 * c, seed=3).to(dtype).chunk(2, dim=1) if modulated else None
+        given = x, weight, bias, num_groups, 1e-5, modulation, activate
         out, expected = fused_kernels.norm_silu(*given), fused.norm_silu(*given)
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
         assert relative_l2(out.float(), expected.float()) <= allowed
