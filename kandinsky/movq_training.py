@@ -51,7 +51,7 @@ class MoVQObjective(Objective):
     Args:
         edges, codebook, bounds, spots, adversarial: weights of the losses beside the mean error: `edge_loss`,
             codebook and commitment, latents beyond ±1, `spot_loss`, and the discriminator's.
-        crop: side of the crops that the discriminator sees; None: whole pictures.
+        crop: side of the busiest of four random crops, which is trained on; None: whole pictures.
         latent_noise: is added before decoding: a sampler's latents are never exact, and where small steps
             change little they are easier to sample.
     """

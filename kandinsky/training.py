@@ -35,7 +35,8 @@ STATE, METRICS = "state.safetensors", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes. All but the number of steps must stay the same when it is resumed."""
+    """How a run goes. Resumed with other settings than the number of steps and what is saved and sampled, it
+    goes on from where it was, but not to the same bits."""
 
     steps: int = 10_000
     batch_size: int = 64  # of one process, in one backward pass

@@ -174,6 +174,26 @@ def test_movq_is_captured_at_the_second_decoding_of_a_size(device):
     assert type(graphed) is MoVQ and not {"graph", "decoded"} & set(vars(graphed))
 
 
+def test_pictures_in_every_mode_are_the_plain_ones(device, decoder_folder):
+    plain, graphed = (Kandinsky.from_pretrained(decoder_folder, device=device) for _ in range(2))
+    for name, fast in (("unet", GraphedUNet), ("prior", GraphedPrior), ("movq", GraphedMoVQ)):
+        getattr(graphed, name).__class__ = fast
+    settings = {"num_inference_steps": 3, "prior_num_inference_steps": 3, "seed": 3, "output_type": "pt"}
+    settings |= {"prompt": "a red cat", "height": 32, "width": 48}
+    for changes in (
+        {},
+        {"prompt": "a cat"},
+        {"prompt": "a cat", "guidance_interval": (0.0, 0.6)},
+        {"cache_every": 2},
+        {"num_images_per_prompt": 2, "negative_prompt": "blurry"},
+        {"width": 64},
+        {"guidance_scale": 1},
+    ):
+        drawn = [pipe.text2img(**settings | changes) for pipe in (graphed, plain)]
+        assert relative_l2(*drawn) <= 1e-5, changes
+    assert len(graphs.captured) >= 6
+
+
 def test_hooks_and_gradients_are_served_without_the_graph(device):
     _, graphed = pair(device)
     plan, x, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), randn(1, 4, 8, 8).to(device), []
