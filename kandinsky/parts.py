@@ -50,7 +50,13 @@ class Part:
             parts._loaded.pop(self.name, None)
             parts._replaced.discard(self.name)
             return
-        parts._loaded[self.name] = arguments.instance(network, self.name, (self.network,))
+        arguments.instance(network, self.name, (self.network,))
+        here, there = parts.device, network.device
+        if here.type != there.type or (None not in (here.index, there.index) and here.index != there.index):
+            raise ValueError(
+                f"{self.name} is on {there}, the pipeline on {here}; move one of them with .to()"
+            )
+        parts._loaded[self.name] = network
         parts._replaced.add(self.name)
 
     def __delete__(self, parts: "Parts") -> None:
@@ -235,8 +241,10 @@ class Parts:
     def need_prior(self) -> Path:
         """The prior's folder, or an error that says how to give one."""
         if self.prior_folder is None:
+            model = "2.1" if "2-1" in self.decoder_folder.name else "2.2"
             raise CheckpointError(
-                f"{self.decoder_folder} has no prior beside it; pass prior=FOLDER, or both halves of embeds"
+                f"{self.decoder_folder} has no prior beside it; pass prior=FOLDER (--prior), or both halves "
+                f"of embeds; `python scripts/download_weights.py {model} --only prior` fetches one"
             )
         return self.prior_folder
 

@@ -117,7 +117,9 @@ class Requests(Embedding):
             needed = family + ("" if inpaints else "-inpaint")
             raise CheckpointError(f"{name} is {own}; use {needed} for {task}")
         if config.hint and hint is None:
-            raise CheckpointError(f"{name} needs a hint; pass hint=, or use kandinsky-2-2-decoder for {task}")
+            raise CheckpointError(
+                f"{name} needs a hint; pass hint= (--hint), or use kandinsky-2-2-decoder for {task}"
+            )
         if hint is not None and not config.hint:
             raise CheckpointError(
                 f"{name} takes no hint; use kandinsky-2-2-controlnet-depth for {task} with one"

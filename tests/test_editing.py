@@ -572,7 +572,12 @@ def test_each_checkpoint_does_its_tasks_and_names_the_one_for_others(pipe, inpai
         (hinted, "inpaint", GOOD, "is not for inpainting; use kandinsky-2-2-decoder-inpaint for inpaint"),
         (inpainter, "img2img", {"image": GOOD["image"]}, "is for inpainting; use kandinsky-2-2-decoder for"),
         (inpainter, "text2img", {}, "is for inpainting; use kandinsky-2-2-decoder for text2img"),
-        (hinted, "text2img", {}, "needs a hint; pass hint=, or use kandinsky-2-2-decoder for text2img"),
+        (
+            hinted,
+            "text2img",
+            {},
+            r"needs a hint; pass hint= \(--hint\), or use kandinsky-2-2-decoder for text2img",
+        ),
         (hinted, "img2img", {"image": GOOD["image"]}, "needs a hint; pass hint="),
         (pipe, "text2img", {"hint": GOOD["image"]}, "takes no hint; use kandinsky-2-2-controlnet-depth"),
     ]

@@ -448,7 +448,10 @@ def test_a_decoder_alone_draws_embeds(decoder_folder, tmp_path, pipe):
         lambda: alone.text2img(embeds=only),
         lambda: alone.embed(PROMPT),
     ):
-        with pytest.raises(CheckpointError, match="has no prior beside it; pass prior=FOLDER"):
+        with pytest.raises(
+            CheckpointError,
+            match="has no prior beside it; pass prior=FOLDER .*weights.py 2.2 --only prior` fetches",
+        ):
             call()
     with_prior = Kandinsky.from_pretrained(
         tmp_path / "my-decoder", decoder_folder.parent / "kandinsky-2-2-prior"
@@ -475,6 +478,13 @@ def test_parts_can_be_replaced_and_are_then_kept(decoder_folder):
     pipe.scheduler = schedulers.DDPMScheduler()
     pipe.prior_scheduler = schedulers.UnCLIPScheduler()
     assert torch.equal(our_pictures(pipe, 1, prompt=PROMPT), before)
+
+
+def test_a_network_on_another_device_is_refused(pipe):
+    before = pipe.unet
+    with pytest.raises(ValueError, match="unet is on meta, the pipeline on cpu; move one of them"):
+        pipe.unet = UNet(before.config).to("meta")
+    assert pipe.unet is before
 
 
 def test_replaced_networks_bring_their_own_sizes_and_task(pipe):
@@ -745,7 +755,8 @@ def test_a_refused_move_changes_nothing(pipe):
 
 
 @pytest.mark.parametrize(
-    "channels, hint, message", [(9, False, "is for inpainting;"), (8, True, "needs a hint; pass hint=, or")]
+    "channels, hint, message",
+    [(9, False, "is for inpainting;"), (8, True, "needs a hint; pass hint= .--hint., or")],
 )
 def test_a_checkpoint_of_another_task_names_the_one_to_use(tmp_path, channels, hint, message):
     pipe = Kandinsky.from_pretrained(write_checkpoints(tmp_path, in_channels=channels, hint=hint))
