@@ -19,10 +19,10 @@ from kandinsky.checkpoint import Pretrained
 from kandinsky.config import CLIPImageConfig, CLIPTextConfig
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, Encoder
 from kandinsky.images import CLIP_MEAN, CLIP_STD, to_unit_range
-from kandinsky.judge import compare, hard_negative, see
+from kandinsky.judge import hard_negative, shows
 from kandinsky.prompts import PromptTokenizer
 from kandinsky.repository import write_image_constants
-from kandinsky.shapes import OBJECT_COLORS, PLACES, SHAPES, Claim, ObjectClaim, Scene
+from kandinsky.shapes import OBJECT_COLORS, PLACES, SHAPES, Scene
 from kandinsky.training import Draws, Objective, initialize, rank, world_size
 
 EMBEDDING_NOISE = 0.15  # before the heads: what the prior draws is never exact
@@ -343,10 +343,6 @@ def all_right(logits: list[Tensor], labels: Tensor) -> float:
 
 
 def readable(pictures: Tensor, scenes: list[Scene]) -> float:
-    """The share of pictures that show every object in its colour, shape, size and place, by the judge."""
-    right = 0
-    for picture, scene in zip(pictures, scenes):
-        objects = tuple(ObjectClaim(o.shape, o.color, o.size, o.place) for o in scene.objects)
-        levels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        right += compare(Claim(objects, (), scene.background), see(levels)).right
-    return right / len(scenes)
+    """The share of pictures that show the ground and all of every object, by the judge."""
+    levels = (pictures * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return sum(shows(picture, scene, ground=True) for picture, scene in zip(levels, scenes)) / len(scenes)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kandinsky import images, shapes
+from kandinsky.captions import caption
 from kandinsky.shapes import Scene
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -55,8 +56,11 @@ class Shapes:
         shapes.check_object_weights(self.object_weights)
 
     def load(self, indices: list[int]) -> Samples:
-        given = self.size, self.split, self.object_weights
-        pixels, captions, scenes = shapes.batch(self.seed, indices, *given)
+        given = self.split, self.object_weights
+        scenes = [shapes.random_scene(self.seed, index, *given) for index in indices]
+        draws = (Random(f"{self.seed} {index} {self.split} caption") for index in indices)
+        captions = [caption(scene, draw) for scene, draw in zip(scenes, draws)]
+        pixels = torch.stack([shapes.as_pixels(shapes.render(scene, self.size)) for scene in scenes])
         if not self.hints:
             return Samples(pixels, captions, scenes)
         depths = torch.stack([torch.from_numpy(shapes.depth_hint(scene, self.size)) for scene in scenes])

@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from kandinsky.captions import Claim, ObjectClaim, describe, offset, parse, say
 from kandinsky.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -23,16 +24,10 @@ from kandinsky.shapes import (
     PLACES,
     RADII,
     SHAPES,
-    Claim,
     Object,
-    ObjectClaim,
     Scene,
     coverage,
-    describe,
     geometry,
-    offset,
-    parse,
-    say,
 )
 
 SIDE = 64
@@ -75,10 +70,10 @@ def compare(claim: Claim, scene: Scene) -> Verdict:
     return Verdict(len(claim.objects) == len(scene.objects), *map(all, best), background)
 
 
-def shows(picture: Image.Image | np.ndarray, scene: Scene) -> bool:
-    """Whether a picture shows every object of a scene: colour, shape, size and place; grounds may differ."""
+def shows(picture: Image.Image | np.ndarray, scene: Scene, ground: bool = False) -> bool:
+    """Whether a picture shows every object of a scene: colour, shape, size and place; and its ground."""
     claims = [ObjectClaim(item.shape, item.color, item.size, item.place) for item in scene.objects]
-    return compare(Claim(tuple(claims)), see(picture)).right
+    return compare(Claim(tuple(claims), (), scene.background if ground else None), see(picture)).right
 
 
 def _facts(claim: Claim, objects: tuple[Object, ...]) -> list[list[bool]]:

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from kandinsky import ImageEmbeds, Kandinsky, cli, images
-from kandinsky.shapes import caption, depth_hint, random_scene
+from kandinsky.captions import caption
+from kandinsky.shapes import depth_hint, random_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALE, MARGIN = 2, 4

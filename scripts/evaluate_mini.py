@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kandinsky import Kandinsky, cli
+from kandinsky.captions import caption
 from kandinsky.checkpoint import write_json
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.datasets import Samples, Shapes
@@ -29,7 +30,7 @@ from kandinsky.images import save_image, to_pil
 from kandinsky.judge import judge, shows
 from kandinsky.movq_training import psnr
 from kandinsky.sampling import ImageEmbeds
-from kandinsky.shapes import Scene, caption, depth_hint, hole_of, random_scene, render, with_another_object
+from kandinsky.shapes import Scene, depth_hint, hole_of, random_scene, render, with_another_object
 from kandinsky.training import tile
 
 SEED = 1_000_003  # of the shapes; training uses small ones

@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from kandinsky import shapes, training_cli
+from kandinsky import captions, shapes, training_cli
+from kandinsky.captions import Claim, ObjectClaim, caption, parse
+from kandinsky.datasets import Shapes
 from kandinsky.judge import Verdict, compare, hard_negative, judge, see, shows
-from kandinsky.shapes import Claim, Object, ObjectClaim, Scene, caption, parse, random_scene, render
+from kandinsky.shapes import Object, Scene, random_scene, render
 
 NUM_SCENES = 120  # for each number of objects
 ONLY = {1: (1, 0, 0), 2: (0, 1, 0), 3: (0, 0, 1)}
@@ -85,7 +87,7 @@ def test_every_value_occurs_about_equally_often():
 def test_a_scene_is_the_same_in_another_process_and_leaves_global_random_state_alone():
     code = (
         "import hashlib; from random import Random; from kandinsky.shapes import *;"
-        "from kandinsky.judge import hard_negative, see;"
+        "from kandinsky.captions import caption; from kandinsky.judge import hard_negative, see;"
         "scenes = [random_scene(7, i, s) for i in range(20) for s in ('train', 'held_out')];"
         "words = [(caption(s, Random(1)), hard_negative(s, Random(1)), str(see(render(s)))) for s in scenes];"
         "print(hashlib.sha256(repr((scenes, words)).encode()).hexdigest())"
@@ -103,7 +105,7 @@ def test_a_scene_is_the_same_in_another_process_and_leaves_global_random_state_a
     }
     assert len(runs) == 1
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    shapes.batch(0, range(3))
+    Shapes(0).load(range(3))
     assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
 
 
@@ -129,8 +131,8 @@ def test_objects_lie_apart_inside_the_picture_and_differ_from_the_ground(scene: 
 
 @anything
 def test_what_a_caption_says_can_be_read_back_and_is_true(scene: Scene, rng: Random):
-    claim = shapes.describe(scene, rng)
-    assert parse(shapes.say(claim, rng)) == claim
+    claim = captions.describe(scene, rng)
+    assert parse(captions.say(claim, rng)) == claim
     assert compare(claim, scene).right
     said = Counter((item.color, item.shape) for item in claim.objects)
     assert said == Counter((item.color, item.shape) for item in scene.objects)
@@ -175,19 +177,19 @@ def test_captions_vary():
 
 def test_every_word_is_understood():
     for table, pattern, field in (
-        (shapes.SHAPE_WORDS, "a red {}", "shape"),
-        (shapes.COLOR_WORDS, "a {} ring", "color"),
-        (shapes.SIZE_WORDS, "a {} red ring", "size"),
-        (shapes.PLACE_WORDS, "a red ring {}", "place"),
+        (captions.SHAPE_WORDS, "a red {}", "shape"),
+        (captions.COLOR_WORDS, "a {} ring", "color"),
+        (captions.SIZE_WORDS, "a {} red ring", "size"),
+        (captions.PLACE_WORDS, "a red ring {}", "place"),
     ):
         for meaning, words in table.items():
             for word in words:
                 assert getattr(parse(pattern.format(word)).objects[0], field) == meaning
-    for meaning, words in shapes.RELATION_WORDS.items():
+    for meaning, words in captions.RELATION_WORDS.items():
         for word in words:
             assert parse(f"a red ring {word} a blue star").relations == ((0, meaning, 1),)
-    assert set(shapes.PLACE_WORDS) == set(shapes.PLACES) and set(shapes.RELATION_WORDS) == set(
-        shapes.RELATIONS
+    assert set(captions.PLACE_WORDS) == set(shapes.PLACES) and set(captions.RELATION_WORDS) == set(
+        captions.RELATIONS
     )
 
 
@@ -274,15 +276,16 @@ def test_edges_are_soft_and_cover_the_true_area():
 
 
 def test_a_batch_holds_the_rendered_scenes():
-    pixels, captions, scenes = shapes.batch(3, range(5, 9))
+    batch = Shapes(3).load(range(5, 9))
+    pixels, scenes = batch.pixels, batch.scenes
     assert pixels.shape == (4, 3, 64, 64) and pixels.dtype == torch.float32
     assert scenes == [random_scene(3, index) for index in range(5, 9)]
     back = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for picture, scene, text in zip(back, scenes, captions):
+    for picture, scene, text in zip(back, scenes, batch.captions):
         assert (picture == render(scene)).all() and compare(parse(text), scene).right
-    again, words, _ = shapes.batch(3, [8])
-    assert torch.equal(again[0], pixels[3]) and words == captions[3:]
-    assert shapes.batch(3, [0], size=32, split="held_out")[0].shape == (1, 3, 32, 32)
+    again = Shapes(3).load([8])
+    assert torch.equal(again.pixels[0], pixels[3]) and again.captions == batch.captions[3:]
+    assert Shapes(3, 32, "held_out").load([0]).pixels.shape == (1, 3, 32, 32)
 
 
 def test_the_flag_for_the_numbers_of_objects_is_what_is_drawn():

@@ -541,9 +541,9 @@ def test_the_average_is_what_is_written(tmp_path):
 
 def write_folder(folder: Path, count: int = 8) -> Path:
     folder.mkdir()
-    pixels, captions, _ = shapes.batch(5, range(count), 64)
+    batch = Shapes(5).load(range(count))
     lines = []
-    for i, (picture, text) in enumerate(zip(pixels, captions)):
+    for i, (picture, text) in enumerate(zip(batch.pixels, batch.captions)):
         array = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(array).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": text}))
@@ -645,7 +645,7 @@ def test_tokenizer_ends_prompts_with_the_largest_id(tmp_path):
 
 
 def test_scene_labels_and_recolouring_agree_with_the_scene():
-    _, _, scenes = shapes.batch(0, range(20), 8)
+    scenes = Shapes(0, 8).load(range(20)).scenes
     labels = scene_labels(scenes)
     for scene, row in zip(scenes, labels):
         assert int((row[:, 0] > 0).sum()) == len(scene.objects)
@@ -655,7 +655,7 @@ def test_scene_labels_and_recolouring_agree_with_the_scene():
             assert size == (item.size == "large")
     from random import Random
 
-    pixels = shapes.batch(0, [0], 16)[0][0]
+    pixels = Shapes(0, 16).load([0]).pixels[0]
     before = pixels.clone()
     recolor(pixels, labels[0], Random(1))
     assert not torch.equal(pixels, before) and pixels.abs().max() <= 1 and (labels[0][:, 1] == -1).all()
