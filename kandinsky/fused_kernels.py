@@ -42,7 +42,7 @@ def moments(x, means, spreads, pixels, channels, PIXELS: tl.constexpr, CHANNELS:
 
 @triton.jit
 def part(first, means, spreads, pixels, channels, chunks, size, PIXELS: tl.constexpr, PARTS: tl.constexpr):
-    """A group's moments from the first on: means, spreads, of how many pixels (none behind the last)."""
+    """A group's moments from the first on: means, spreads, of how many pixels each (0 behind the last)."""
     index = first + tl.arange(0, PARTS)
     chunk, inside = index // size, index < chunks * size
     of = (tl.program_id(1) * chunks + chunk) * channels + tl.program_id(0) * size + index % size

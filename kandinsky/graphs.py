@@ -153,7 +153,7 @@ def copy_all(into: list[Tensor], out_of: list[Tensor]) -> None:
 
 
 def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """-> what rests_on it again, and where the result then lies"""
+    """-> what computes it again, and where the result then lies"""
     stream = torch.cuda.Stream()  # of the current device; a capture's own default one is of the first used
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
