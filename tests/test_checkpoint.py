@@ -415,6 +415,7 @@ def test_a_network_with_something_added_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_reading_networks_does_not_import_pytorchs_compiler(decoder_folder):
     """It takes two seconds, and filling an embedding on the meta device imports it."""
     code = "import sys; from kandinsky import Kandinsky; pipe = Kandinsky.from_pretrained(sys.argv[1]); "

@@ -283,7 +283,7 @@ def test_outpainting_keeps_the_picture(inpainter):
     assert out.size == (41, 29) and np.array_equal(np.array(out)[:20, 11:], np.array(image))
 
 
-@pytest.mark.parametrize("width, height", [(1, 1), (1000, 30), (7, 90)])
+@pytest.mark.parametrize("width, height", [(1, 1), (400, 30), (7, 90)])
 def test_any_size_works(pipe, inpainter, width, height):
     """diffusers crashes at sizes that are no multiples of f²."""
     image, mask = picture(width, height), np.ones((height, width))

@@ -97,9 +97,14 @@ def our_pictures(pipe, seed, output_type: str = "pt", **settings) -> torch.Tenso
 
 
 @pytest.mark.parametrize(
-    "guidance_scale, prior_guidance_scale", [(4.0, 4.0), (1.0, 4.0), (4.0, 1.0), (0.5, 0.0)]
+    "negative_prompt, guidance_scale, prior_guidance_scale",
+    [
+        *itertools.product([None, NEGATIVE], [4.0, 1.0], [4.0, 1.0]),
+        (None, 0.5, 0.0),
+        (NEGATIVE, 0.5, 0.0),
+        ("", 4.0, 4.0),
+    ],
 )
-@pytest.mark.parametrize("negative_prompt", [None, NEGATIVE, ""])
 def test_text2img_from_a_prompt_equals_the_combined_pipeline(
     pipe, reference, negative_prompt, guidance_scale, prior_guidance_scale
 ):
@@ -165,8 +170,7 @@ def test_pil_output_equals_the_combined_pipeline_to_one_level(pipe, reference):
     assert picture.size == (48, 32) and picture.mode == "RGB" and max(difference) <= 1
 
 
-@pytest.mark.parametrize("negative_prompt", [None, NEGATIVE])
-@pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
+@pytest.mark.parametrize("negative_prompt, guidance_scale", [(NEGATIVE, 4.0), (None, 4.0), (NEGATIVE, 1.0)])
 def test_three_images_equal_three_single_runs_of_diffusers(pipe, reference, negative_prompt, guidance_scale):
     """With guidance off and several images diffusers crashes for lists; single runs are the reference."""
     settings = {"prompt": PROMPT, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}

@@ -44,6 +44,7 @@ def test_a_prompt_goes_in_and_a_picture_comes_out(decoder_folder, tmp_path, caps
         assert np.array_equal(np.array(picture), np.array(expected))
 
 
+@pytest.mark.slow
 def test_the_whole_command_in_a_process_of_its_own(decoder_folder, tmp_path):
     out = tmp_path / "a folder with spaces" / "кот.webp"
     command = [sys.executable, SCRIPTS / "text2img.py", "cat", "--weights", decoder_folder, "--out", out]
@@ -167,12 +168,14 @@ def test_help_explains_every_flag(capsys, script, more):
     assert "decoder steps (default: 50)" in shown
 
 
+@pytest.mark.slow
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
     code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"transformers", "diffusers", "tokenizers", "huggingface_hub"} & set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_using_the_pipeline_imports_neither_transformers_nor_diffusers(decoder_folder):
     code = (
         "import sys; from kandinsky import Kandinsky; p = Kandinsky.from_pretrained(sys.argv[1]);"
