@@ -2,7 +2,7 @@ from setuptools import setup
 
 setup(
     name="kandinsky",
-    version="0.1.0",
+    version="0.2.0",
     description="Kandinsky 2.2 and 2.1 in pure PyTorch: readable, checked against diffusers, fast",
     license="Apache-2.0",
     packages=["kandinsky"],

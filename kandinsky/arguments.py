@@ -95,6 +95,13 @@ def device(value: Any) -> torch.device:
     return chosen
 
 
+def index_of(chosen: torch.device) -> int:
+    """Which device of its kind: without a number, the one that CUDA takes then, or the first."""
+    if chosen.index is None and chosen.type == "cuda":
+        return torch.cuda.current_device()
+    return chosen.index or 0
+
+
 def dtype(value: Any) -> torch.dtype:
     allowed = (torch.float32, torch.bfloat16, torch.float16)
     if not isinstance(value, torch.dtype) or value not in allowed:

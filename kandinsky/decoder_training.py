@@ -75,8 +75,8 @@ def variance_bound(
     mean = at(of_x0, t, x) * x0_pred + at(of_x, t, x) * x
     true_log, share = at(log_smallest, t, x), (variance + 1) / 2
     log_variance = share * at(betas.log(), t, x) + (1 - share) * true_log
-    off = (true_log - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp()
-    divergence = (log_variance - true_log + off - 1) / 2
+    off = (true_mean - mean).square() * (-log_variance).exp()
+    divergence = (log_variance - true_log + (true_log - log_variance).exp() + off - 1) / 2
     likelihood = -discretized_log_likelihood(x0, mean, (log_variance / 2).exp())
     bound = torch.where(t.reshape(-1, 1, 1, 1) == 0, likelihood, divergence)
     return bound.flatten(1).mean(dim=1) / math.log(2)
@@ -98,7 +98,8 @@ class DecoderObjective(Objective):
     Args:
         cache: image_embeds and latents; for the hint form also `hint`, for inpainting `known`, as in
             `decoder_loss`; for 2.1 what `encode_decoder_texts` gives.
-        painter: draws what `sample` gives. bound: the weight of the variational bound.
+        painter: draws what `sample` gives.
+        bound: the weight of the variational bound.
         embedding_noise: standard deviation of what is added to the image embeddings.
         dtype: of the weights that are saved.
     """

@@ -52,7 +52,7 @@ class Part:
             return
         arguments.instance(network, self.name, (self.network,))
         here, there = parts.device, network.device
-        if here.type != there.type or (None not in (here.index, there.index) and here.index != there.index):
+        if here.type != there.type or arguments.index_of(here) != arguments.index_of(there):
             raise ValueError(
                 f"{self.name} is on {there}, the pipeline on {here}; move one of them with .to()"
             )
@@ -241,7 +241,7 @@ class Parts:
     def need_prior(self) -> Path:
         """The prior's folder, or an error that says how to give one."""
         if self.prior_folder is None:
-            model = "2.1" if "2-1" in self.decoder_folder.name else "2.2"
+            model = "2.1" if self.unet_config.text else "2.2"
             raise CheckpointError(
                 f"{self.decoder_folder} has no prior beside it; pass prior=FOLDER (--prior), or both halves "
                 f"of embeds; `python scripts/download_weights.py {model} --only prior` fetches one"

@@ -50,8 +50,9 @@ class PriorObjective(Objective):
     """The prior's training.
 
     Args:
-        cache, fresh: embeddings of the pictures and text states; those of pictures never trained on, for
-            `sample`. dtype: of the weights that are saved.
+        cache: image embeddings and text states.
+        fresh: the same of pictures never trained on, for `sample`.
+        dtype: of the weights that are saved.
         num_noises: noise levels for each caption in a step, spread over the schedule: reading the text is
             most of the work, and one reading serves them all.
         text_encoder: is trained too, reading the cache's token ids.

@@ -94,10 +94,10 @@ def write_prior_repository(folder: Path, clip: Path, trained: tuple[str, ...] = 
 
 def decoder_scheduler(known: Path | None, inpaint: bool) -> dict[str, Any]:
     """The scheduler's file of a decoder: of the one that it is made from (known), or as published. Inpainting
-    does not clip, as published."""
+    neither clips, as published, nor thresholds."""
     has_one = known is not None and (known / "scheduler").is_dir()
     settings = read_json(known / "scheduler" / "scheduler_config.json") if has_one else DDPM
-    return {**settings, "clip_sample": False} if inpaint else settings
+    return {**settings, "clip_sample": False, "thresholding": False} if inpaint else settings
 
 
 def write_decoder_repository(

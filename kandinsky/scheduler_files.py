@@ -16,9 +16,8 @@ PRIOR_SCHEDULERS = (UnCLIPScheduler,)
 class Layout:
     """A scheduler's file."""
 
-    fields: dict[
-        str, tuple[str, Any]
-    ]  # name: (constructor argument, what diffusers takes where it is missing)
+    # name: (constructor argument, what diffusers takes where it is missing)
+    fields: dict[str, tuple[str, Any]]
     fixed: dict[str, str]  # the one value that is modelled
     ignored: tuple[str, ...] = ()
 

@@ -35,7 +35,7 @@ STATE, METRICS = "state.safetensors", "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes. Resumed with other settings than the number of steps and what is saved and sampled, it
+    """How a run goes. If it is resumed with others than `steps`, `save_every` and `sample_every`, it
     goes on from where it was, but not to the same bits."""
 
     steps: int = 10_000

@@ -267,16 +267,15 @@ def hint_network() -> nn.Sequential:
 class Plan:
     """What a whole loop gives to the blocks, made by `UNet.prepare`.
 
-    Scale and shift of every block are made for so many steps at once when the first of these is reached.
+    Scale and shift of every block are made for STEPS_AT_ONCE steps, when the first of them is reached.
     """
 
     temb: Tensor  # (steps, b, d)
     added: Conditioning  # of the attention blocks, the same for every step
     hint_features: Tensor | None  # (b, 4, h, w)
-    chunk: int = -1  # which of these groups of steps `modulations` is of
-    modulations: Conditioning = field(
-        default_factory=dict
-    )  # of the residual blocks, (STEPS_AT_ONCE, b, c) each
+    chunk: int = -1  # which STEPS_AT_ONCE steps `modulations` is of
+    # of the residual blocks, (STEPS_AT_ONCE, b, c) each
+    modulations: Conditioning = field(default_factory=dict)
 
 
 class UNet(nn.Module, Pretrained):

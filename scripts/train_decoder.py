@@ -159,7 +159,7 @@ def make_unet(args, embedding_dim: int, f: int) -> UNet:
 
 
 @torch.no_grad()
-def make_objective(args) -> DecoderObjective:
+def make_objective(args, scheduler: NoiseScheduler) -> DecoderObjective:
     device = training_cli.encoding_device(args)
     image_encoder, movq = (
         load_image_encoder(args.clip).to(device),
@@ -175,7 +175,7 @@ def make_objective(args) -> DecoderObjective:
         painter = Painter(movq, samples, image_encoder(pixels))
     return DecoderObjective(
         unet,
-        make_scheduler(args),
+        scheduler,
         cache,
         zero_image_embeds(image_encoder),
         painter,
@@ -189,13 +189,14 @@ def make_objective(args) -> DecoderObjective:
 def main(argv=None) -> int:
     args = parse_args(argv)
     check_task(args)
+    scheduler = make_scheduler(args)  # a file that is not modelled here is refused before anything is written
     if args.lora is None and reads_text(args):
         write_decoder_repository_2_1(args.out, args.movq / "movq", args.init)
     elif args.lora is None:
         of_task = {"inpaint": args.task == "inpaint", "hint": args.task == "hint"}
-        scheduler = decoder_scheduler(args.init, of_task["inpaint"])
-        write_decoder_repository(args.out, args.movq / "movq", scheduler, **of_task)
-    training_cli.train(make_objective(args), args, ResnetBlock, AttentionBlock)
+        settings = decoder_scheduler(args.init, of_task["inpaint"])
+        write_decoder_repository(args.out, args.movq / "movq", settings, **of_task)
+    training_cli.train(make_objective(args, scheduler), args, ResnetBlock, AttentionBlock)
     return 0
 
 

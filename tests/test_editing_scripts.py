@@ -377,9 +377,13 @@ def test_what_would_not_be_read_back_is_not_written_and_the_picture_is(decoder_f
         (["cat", "--cache-every", "1001"], "call: cache_every is '1001', which is not allowed"),
     ):
         assert run("text2img", *flags, *given, "--out", files / "out.png", "--overwrite") == 0
-        assert re.search(f"warning: the settings are not kept in the PNG: {problem}", capsys.readouterr().err)
+        shown = capsys.readouterr().err
+        warning = re.search(f"warning: the picture cannot be made again from its PNG: {problem}", shown)
+        assert warning and warning.start() < shown.index("decoder:")
         with pytest.raises(metadata.SettingsError, match="holds no settings"):
             metadata.read(files / "out.png")
+        with Image.open(files / "out.png") as drawn:
+            assert "Steps: 2" in drawn.info["parameters"]
     settings = metadata.describe(Kandinsky.from_pretrained(decoder_folder), "text2img", {}, 0, {}, 1.0)
     assert "characters; at most" in metadata.problem(settings | {"task": "x" * metadata.MAX_LENGTH})
 

@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: played (`TRITON_INTERPRET=1 pytest …`), and compiled. Needs Triton."""
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -49,9 +50,8 @@ def test_a_group_wider_than_the_kernels_is_refused():
 
 @pytest.mark.skipif(IS_PLAYED, reason="nothing is compiled where it is played")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("choice", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", ["moments", "affine", "applied"])
+@pytest.mark.parametrize("name, choice", [("moments", None), *product(["affine", "applied"], [False, True])])
 def test_they_compile_for_a_gpu_that_is_not_there(name, dtype, choice, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile

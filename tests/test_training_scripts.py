@@ -111,7 +111,7 @@ def test_what_the_scripts_write_draws_the_same_pictures_in_diffusers(trained):
 
 
 @pytest.mark.parametrize("task, clips", [("text2img", True), ("inpaint", False)])
-def test_a_fine_tune_keeps_the_scheduler_that_it_starts_from(trained, tmp_path, task, clips):
+def test_a_fine_tune_keeps_the_scheduler_that_it_starts_from(trained, tmp_path, monkeypatch, task, clips):
     init, out = tmp_path / "theirs", tmp_path / "mini-decoder"
     shutil.copytree(trained / "mini-decoder", init)
     settings = {"beta_start": 0.001, "beta_end": 0.02, "clip_sample": True, "steps_offset": 0}
@@ -124,9 +124,25 @@ def test_a_fine_tune_keeps_the_scheduler_that_it_starts_from(trained, tmp_path, 
     assert (ours.beta_start, ours.beta_end, ours.steps_offset) == (0.001, 0.02, 0)
     theirs = DiffusionPipeline.from_pretrained(out).scheduler
     assert type(theirs) is DDIMScheduler and theirs.config.beta_end == 0.02
-    parsed = train_decoder.parse_args([*map(str, given), "--out", str(out)])
-    trained_on = train_decoder.make_scheduler(parsed)
+    with monkeypatch.context() as patch:
+        objectives = []
+        patch.setattr(train_decoder.training_cli, "train", lambda objective, *_: objectives.append(objective))
+        assert train_decoder.main([*map(str, given), "--out", str(out), *map(str, data)]) == 0
+    trained_on = objectives[0].scheduler
     assert torch.equal(trained_on.alphas_cumprod, ours.alphas_cumprod) and trained_on.clip_sample == clips
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "2"]])
+@pytest.mark.parametrize("settings", [{"_class_name": "EulerDiscreteScheduler"}, {"beta_start": 0.001}])
+def test_a_scheduler_that_is_not_known_is_refused_before_anything_is_written(
+    trained, tmp_path, capsys, settings, more
+):
+    init, out = tmp_path / "theirs", tmp_path / "mine"
+    shutil.copytree(trained / "mini-decoder", init)
+    (init / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    given = ["--init", init, "--clip", trained / "mini-prior", "--movq", init, "--out", out, *more]
+    assert run("train_decoder", *given, "--data", trained / "pictures", "--size", "16", *SHORT) == 2
+    assert "_class_name is" in capsys.readouterr().err and not out.exists()
 
 
 def test_a_finished_run_changes_nothing_when_started_again(trained):
