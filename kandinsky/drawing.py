@@ -132,9 +132,6 @@ def draw(
         if images.check_suffix(args.out) == "PNG" and not args.no_metadata:
             # before it is drawn: files may be moved meanwhile
             described = metadata.describe(pipe, task, call, 0, files, args.lora_scale)
-            problem = metadata.problem(described | {"call": {**call, "seed": [0]}})
-            if problem:
-                warnings.warn(f"the picture cannot be made again from its PNG: {problem}", stacklevel=2)
         pictures = run(pipe, call, inputs)
         return _write(pictures, args, pipe.seeds, described, settings)
 
@@ -149,12 +146,15 @@ def _write(
     numbers = range(len(pictures)) if settings is None else [settings["index"]]
     if described is not None:
         described["call"] = described["call"] | {"seed": seeds}
+        problem = metadata.problem(described)
+        if problem:
+            warnings.warn(f"the picture cannot be made again from its PNG: {problem}", stacklevel=2)
     paths = []
     for number, name in zip(numbers, cli.numbered(args.out, len(numbers))):
         path, picture, texts = cli.free_name(name, args.overwrite), pictures[number], None
         if described is not None:
             texts = metadata.texts(described | {"index": number}, picture.size)
-            if metadata.problem(described):  # `parameters` alone is kept
+            if problem:  # `parameters` alone is kept
                 del texts[metadata.KEY]
         images.save_image(picture, path, args.overwrite, texts)
         print(f"{path} (seed {seeds[number % len(seeds)]})")
