@@ -6,14 +6,22 @@ and what a whole loop keeps (keys and values, the hint's features) when these ar
 It is captured anew when a size changes, a weight lies elsewhere than before, or `attention` is another
 function in `kandinsky.unet`, `.prior` or `.movq`. It does not notice what is written into a plan or a cache
 in place, nor what else is changed inside the blocks: `restore` the network for that.
+
+What a graph gives is compared once with what it was captured from. Where it differs, or nothing can be
+captured (a changed block that asks the GPU for a number, no memory), the network goes on without, and a
+warning says why.
 """
 
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.weak import TensorWeakRef
 
 from kandinsky import movq as movqs
@@ -24,25 +32,54 @@ from kandinsky.prior import Prior, PriorCache
 from kandinsky.unet import Conditioning, Plan, UNet
 
 WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
+LARGEST_DECODING = 2**15  # numbers in the latents: two pictures of 512 px
+
+
+class NoGraph(RuntimeError):
+    """Nothing could be captured, or a replay computes something else."""
+
+
+class Graphs(list):
+    """Of a network. A copy of it captures its own."""
+
+    def __reduce__(self) -> tuple:
+        return Graphs, ()
 
 
 class _Graphed(nn.Module):
-    """A network whose `graph` is replayed on a CUDA device, but where there are hooks or gradients."""
+    """A network whose `graphs` are replayed on a CUDA device, but where there are hooks or gradients."""
 
-    MADE = ("graph", "decoded")  # what `restore` takes away
+    MADE = ("graphs", "failed", "decoded")  # what `restore` takes away
 
     def replayed(
         self, rests_on: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
     ) -> Tensor:
         """compute(*changing, *kept), of which `kept` are the same tensors in most calls."""
-        graph = vars(self).get("graph")
-        if graph is None or not graph.fits(rests_on, changing, kept):
-            self.graph = graph = None  # its memory is free before the next is captured
-            self.graph = graph = Graph(rests_on, compute, changing, kept)
-        return graph.replay(changing, kept)
+        asked = [rests_on, *map(form, (*changing, *kept))]
+        graphs = vars(self).setdefault("graphs", Graphs())
+        graph = next((graph for graph in graphs if graph.asked == asked), None)
+        if graph is None and asked not in vars(self).get("failed", ()):
+            graph = self._captured(asked, compute, changing, kept)
+        return compute(*changing, *kept) if graph is None else graph.replay(changing, kept)
+
+    def _captured(self, asked: list, *given: Any) -> "Graph | None":
+        """Beside one that differs in its rows alone: with guidance in a part of the loop both take turns. The
+        memory of others is free before."""
+        rests_on, (shape, _) = asked[:2]
+        self.graphs[:] = [g for g in self.graphs if g.asked[0] == rests_on and g.asked[1][0][1:] == shape[1:]]
+        del self.graphs[:-1]
+        try:
+            self.graphs.append(Graph(asked, *given))
+            return self.graphs[-1]
+        except NoGraph as error:
+            reason = str(error)
+        # not in the `except`, where what has failed would keep its memory
+        vars(self).setdefault("failed", []).append(asked)
+        warnings.warn(f"{type(self).__name__[7:]} runs without a graph: {reason}", stacklevel=2)
+        return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self.graph = None
+        vars(self).pop("graphs", None)
         return super()._apply(fn, recurse)
 
 
@@ -70,6 +107,15 @@ class GraphedUNet(_Graphed, UNet):
 
 
 class GraphedPrior(_Graphed, Prior):
+    def prefill(self, text_embeds: Tensor, text_states: Tensor, text_mask: Tensor) -> PriorCache:
+        """As long for every prompt, so that one graph does for all; what is added is masked."""
+        cache = super().prefill(text_embeds, text_states, text_mask)
+        if dependencies(self, text_embeds) is None:
+            return cache
+        missing = self.config.num_embeddings + 1 - cache.mask.shape[1]
+        longer = [tuple(F.pad(x, (0, 0, 0, missing)) for x in pair) for pair in cache.keys_values]
+        return PriorCache(longer, F.pad(cache.mask, (0, missing)))
+
     def step(self, x: Tensor, t: Tensor, cache: PriorCache) -> Tensor:
         rests_on = dependencies(self, x)
         if rests_on is None:
@@ -82,35 +128,41 @@ class GraphedPrior(_Graphed, Prior):
 
 
 class GraphedMoVQ(_Graphed, MoVQ):
-    """From the second decoding of a size on: a single picture is not worth a capture."""
+    """From the second decoding of a size on: a single picture is not worth a capture. Large ones take longer
+    than the launches of their kernels, and would keep the memory of a decoding."""
 
     def decode(self, latents: Tensor) -> Tensor:
         rests_on = dependencies(self, latents)
         again, self.decoded = vars(self).get("decoded") == latents.shape, latents.shape
-        if rests_on is None or not again:
+        if latents.numel() > LARGEST_DECODING:
+            vars(self).pop("graphs", None)
+            return super().decode(latents)
+        known = any(graph.asked[1] == form(latents) for graph in vars(self).get("graphs", ()))
+        if rests_on is None or not (again or known):
             return super().decode(latents)
         return self.replayed(rests_on, lambda z: MoVQ.decode(self, z), [latents], [])
 
 
 class Graph:
-    """What was captured, and the buffers that it reads."""
+    """What was captured, and the buffers that it reads. asked: what it rests on, and each input's form."""
 
     @torch.inference_mode(False)  # the buffers are written to in later calls, whatever mode these run in
     @torch.no_grad()
     def __init__(
-        self, rests_on: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
+        self, asked: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
     ):
-        self.changing, self.kept = ([tensor.clone() for tensor in given] for given in (changing, kept))
-        self.copied, self.rests_on = [TensorWeakRef(tensor) for tensor in kept], rests_on
-        with torch.cuda.device_of(self.changing[0]):
-            self.run, self.out = capture(lambda: compute(*self.changing, *self.kept))
-
-    def __deepcopy__(self, memo: dict) -> None:
-        """A copy of the network captures its own."""
-
-    def fits(self, rests_on: list, changing: list[Tensor], kept: list[Tensor]) -> bool:
-        given, buffers = changing + kept, self.changing + self.kept
-        return rests_on == self.rests_on and [*map(form, given)] == [*map(form, buffers)]
+        self.asked, self.copied = asked, [TensorWeakRef(tensor) for tensor in kept]
+        try:
+            self.changing, self.kept = ([tensor.clone() for tensor in given] for given in (changing, kept))
+            with torch.cuda.device_of(self.changing[0]):
+                self.run, self.out, expected = capture(lambda: compute(*self.changing, *self.kept))
+                self.run()
+        except torch.OutOfMemoryError as error:
+            raise NoGraph("out of memory") from error
+        if not expected.isfinite().all():
+            raise NoGraph("its result is not finite")
+        if not alike(self.out, expected):
+            raise NoGraph("a replay gave something else than what was captured")
 
     def replay(self, changing: list[Tensor], kept: list[Tensor]) -> Tensor:
         copy_all(self.changing, changing)
@@ -123,8 +175,8 @@ class Graph:
 
 def dependencies(network: nn.Module, x: Tensor) -> list[Any] | None:
     """What a graph rests on: the attention, and where each weight lies. None where a graph does not do: on a
-    CPU, with gradients or hooks."""
-    if not x.is_cuda or torch.is_grad_enabled():
+    CPU, with gradients or hooks, or where PyTorch casts the weights for a while."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
         return None
     pointers, modules = [], [network]
     # asked at each step, where `network.modules()` and `parameters()` take five times as long; the list grows
@@ -152,15 +204,34 @@ def copy_all(into: list[Tensor], out_of: list[Tensor]) -> None:
         torch._foreach_copy_(*map(list, zip(*pairs)))
 
 
-def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """-> what computes it again, and where the result then lies"""
-    stream = torch.cuda.Stream()  # of the current device; a capture's own default one is of the first used
-    stream.wait_stream(torch.cuda.current_stream())
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Up to what other sums leave in half precision."""
+    x, y = x.double(), y.double()
+    return bool((x - y).norm() <= 0.02 * y.norm())
+
+
+@cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """The one to capture on: cuBLAS keeps memory for every stream."""
+    return torch.cuda.Stream(device)
+
+
+def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, Tensor]:
+    """-> what computes it again, where the result then lies, and the result"""
+    before, stream = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
-            compute()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out = compute()
-    return graph.replay, out
+            expected = compute()
+    before.wait_stream(stream)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            out = compute()
+    except Exception as error:  # of many kinds, and the same is computed without
+        # what PyTorch leaves as it is when a capture fails: the stream, and where memory comes from
+        torch.cuda.set_stream(before)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise NoGraph(" ".join(str(error.__context__ or error).split())[:120]) from error
+    return graph.replay, out, expected

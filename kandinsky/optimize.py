@@ -22,14 +22,12 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     channels last       maps and convolution weights in NHWC order, as tensor cores read them (CUDA)
     fused norms         group norm, scale, shift and SiLU in Triton kernels (`kandinsky.fused`; CUDA)
     compiled blocks     each block under `torch.compile`; the first call waits for the compiler
-    cuda graph          the U-Net's step as one launch (`kandinsky.graphs`; CUDA)
-    prior graph         the prior's step likewise
-    movq graph          MoVQ's decoding likewise; the memory of one decoding stays taken
+    cuda graph          a step of U-Net or prior, and MoVQ's decoding of what is not large, as one launch
+                        (`kandinsky.graphs`; CUDA); the memory of what is computed stays taken
 
-A rewrite marked CPU or CUDA leaves networks on other devices as they are. The graphs of prior and MoVQ are
-made only when named: no GPU has run them yet. Compiled blocks are asked for by name or with `compile=True`,
-for the compiler's wait. Packed weights and Winograd do not go with them, and those for CUDA are left to the
-compiler, which orders and fuses on its own; a step is then not one launch.
+A rewrite marked CPU or CUDA leaves networks on other devices as they are. Compiled blocks are asked for by
+name or with `compile=True`, for the compiler's wait. Packed weights and Winograd do not go with them, and
+those for CUDA are left to the compiler, which orders and fuses on its own; a step is then not one launch.
 """
 
 from collections.abc import Callable, Iterator
@@ -135,15 +133,7 @@ def chunk_attention(network: nn.Module) -> int:
 
 
 def use_graph(network: nn.Module) -> int:
-    return _swap(network, {unet.UNet}, on="cuda")
-
-
-def use_prior_graph(network: nn.Module) -> int:
-    return _swap(network, {prior.Prior}, on="cuda")
-
-
-def use_movq_graph(network: nn.Module) -> int:
-    return _swap(network, {movq.MoVQ}, on="cuda")
+    return _swap(network, {unet.UNet, prior.Prior, movq.MoVQ}, on="cuda")
 
 
 def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
@@ -241,14 +231,11 @@ REWRITES: dict[str, Rewrite] = {
     "fused norms": fuse_norms,
     "compiled blocks": compile_blocks,
     "cuda graph": use_graph,
-    "prior graph": use_prior_graph,
-    "movq graph": use_movq_graph,
 }
 
 FOR_CUDA = ("channels last", "fused norms", "cuda graph")
-UNTRIED = ("prior graph", "movq graph")
 UNCOMPILED = ("packed weights", "winograd")  # PyTorch's compiler does not see into oneDNN's order
-USUAL = tuple(name for name in REWRITES if name not in ("compiled blocks", *UNTRIED))
+USUAL = tuple(name for name in REWRITES if name != "compiled blocks")
 
 
 def named(rewrites: tuple[str, ...] | None, compile: bool) -> tuple[str, ...]:

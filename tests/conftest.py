@@ -58,3 +58,11 @@ def restored_global_random_state():
     before = torch.get_rng_state()
     yield
     torch.set_rng_state(before)
+
+
+@pytest.fixture(autouse=True)
+def without_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kandinsky import Kandinsky, images
-from kandinsky.optimize import UNTRIED, USUAL
 from tests.helpers import relative_l2
 from tests.test_images import picture
 from tests.test_tasks import half_mask
@@ -16,14 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SETTINGS = {"num_inference_steps": 4, "prior_num_inference_steps": 3, "height": 32, "width": 48, "seed": 3}
-
-
-@pytest.fixture(autouse=True)
-def without_tf32():
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.mark.parametrize(
@@ -72,7 +63,7 @@ def test_optimized_pictures_are_the_cpus(decoder_folder):
     """Another prompt gives the graph another plan; another size, and plain again, take it away."""
     cpu = Kandinsky.from_pretrained(decoder_folder)
     pipe = Kandinsky.from_pretrained(decoder_folder, device="cuda")
-    pipe.optimize((*USUAL, *UNTRIED))
+    pipe.optimize()
     for prompt, width in (("a red cat", 48), ("a blue cat", 48), ("a red cat", 64)):
         settings = SETTINGS | {"width": width, "output_type": "pt"}
         expected, pixels = (p.text2img(prompt, **settings) for p in (cpu, pipe))
@@ -89,7 +80,7 @@ def test_the_loops_do_not_wait_for_the_gpu(decoder_folder, optimized):
 
     pipe = Kandinsky.from_pretrained(decoder_folder, device="cuda")
     if optimized:
-        pipe.optimize((*USUAL, *UNTRIED))
+        pipe.optimize()
     try:
         embeds = pipe.embed("a red cat", num_inference_steps=4, seed=0, on_step=strict_between_steps)
         settings = {"embeds": embeds, "height": 32, "width": 48, "num_inference_steps": 4}

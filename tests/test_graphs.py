@@ -1,12 +1,14 @@
 """The graphed step. On the CPU a capture is played by a function that computes into the same memory again."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 
 from kandinsky import Kandinsky, MoVQ, Prior, UNet, graphs, lora
 from kandinsky.graphs import GraphedMoVQ, GraphedPrior, GraphedUNet
+from kandinsky.layers import attention
 from kandinsky.optimize import optimize, restore
 from tests import small
 from tests.helpers import randn, relative_l2
@@ -26,7 +28,7 @@ def device(request, monkeypatch) -> str:
         if request.param == "cuda":
             return real(compute)
         out = compute()
-        return lambda: out.copy_(compute()), out
+        return lambda: out.copy_(compute()), out, out.clone()
 
     monkeypatch.setattr(graphs, "capture", capture)
     if request.param == "cpu":
@@ -61,11 +63,12 @@ def test_every_step_of_every_plan_is_the_plain_one(device, hint):
 @torch.no_grad()
 def test_another_size_and_another_number_of_rows_are_captured_anew(device):
     plain, graphed = pair(device)
-    for rows, h in ((2, 8), (2, 16), (1, 16), (1, 16)):
+    for rows, h, captures in ((2, 8, 1), (2, 16, 2), (1, 16, 3), (2, 16, 3), (1, 16, 3), (2, 8, 4)):
         embeds, x = randn(rows, EMBEDDING_DIM).to(device), randn(rows, 4, h, 8).to(device)
         step = graphed.step(x, graphed.prepare(embeds, [5]), 0)
         assert relative_l2(step, plain.step(x, plain.prepare(embeds, [5]), 0)) <= 1e-6
-    assert len(graphs.captured) == 3
+        assert len(graphs.captured) == captures  # two that differ in their rows alone are kept
+    assert len(graphed.graphs) == 1
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def test_a_first_step_in_inference_mode_and_a_later_one_without(device):
         step = graphed.step(2 * x, graphed.prepare(2 * embeds, [7]), 0)
         assert relative_l2(step, plain.step(2 * x, plain.prepare(2 * embeds, [7]), 0)) <= 1e-6
     assert len(graphs.captured) == 1
-    assert all(copied() is None for copied in graphed.graph.copied)  # a plan is not kept
+    assert all(copied() is None for copied in graphed.graphs[0].copied)  # a plan is not kept
 
 
 @torch.no_grad()
@@ -117,6 +120,7 @@ def test_results_are_not_overwritten_by_the_next_step(device):
 def test_every_step_of_every_prompt_is_the_plain_priors(device, monkeypatch):
     plain, graphed = (ours(Prior, small.reference_prior()).to(device) for _ in range(2))
     graphed.__class__ = GraphedPrior
+    near = 1e-6 if device == "cpu" else 1e-5  # sums over another number of tokens
 
     def assert_alike(rows: int, length: int, seed: int) -> None:
         mask = torch.arange(5, device=device)[None] < torch.tensor([[seed % 3], [length]], device=device)
@@ -127,10 +131,11 @@ def test_every_step_of_every_prompt_is_the_plain_priors(device, monkeypatch):
             x = randn(rows, EMBEDDING_DIM, seed=seed + t).to(device)
             given = x, torch.full((rows,), t, device=device)
             step, again = graphed.step(*given, caches[1]), graphed.step(2 * x, given[1], caches[1])
-            assert relative_l2(step, plain.step(*given, caches[0])) <= 1e-6 and not torch.equal(step, again)
+            assert relative_l2(step, plain.step(*given, caches[0])) <= near and not torch.equal(step, again)
 
     for seed in (0, 1, 2):
         assert_alike(2, 5, seed)
+    assert_alike(2, 3, 3)  # a shorter prompt
     assert len(graphs.captured) == 1
     given = randn(2, EMBEDDING_DIM).to(device), torch.tensor([5, 5], device=device)
     text = (randn(2, *shape, EMBEDDING_DIM).to(device) for shape in ((), (5,)))
@@ -139,19 +144,91 @@ def test_every_step_of_every_prompt_is_the_plain_priors(device, monkeypatch):
     changed = cache._replace(keys_values=[(2 * k, v) for k, v in cache.keys_values])
     assert relative_l2(graphed.step(*given, changed), plain.step(*given, changed)) <= 1e-6
     assert len(graphs.captured) == 1
-    assert_alike(2, 3, 3), assert_alike(4, 3, 3)
-    assert len(graphs.captured) == 3
+    assert_alike(4, 3, 3)
+    assert len(graphs.captured) == 2
     twin = copy.deepcopy(graphed)
     graphed.proj_in.weight.mul_(2), plain.proj_in.weight.mul_(2)
     assert_alike(4, 3, 4)
-    assert len(graphs.captured) == 3 and vars(twin)["graph"] is None
-    monkeypatch.setattr(
-        "kandinsky.prior.attention", lambda q, k, v, heads, mask: q + v.mean(dim=1, keepdim=True)
-    )
+    assert len(graphs.captured) == 2 and not vars(twin)["graphs"]
+    monkeypatch.setattr("kandinsky.prior.attention", lambda q, *rest: attention(2 * q, *rest))
     assert_alike(4, 3, 5)
-    assert len(graphs.captured) == 4
+    assert len(graphs.captured) == 3
     graphed.double()
-    assert vars(graphed)["graph"] is None
+    assert "graphs" not in vars(graphed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("failure", ["no capture", "another result", "not a number"])
+def test_a_graph_that_fails_is_done_without(device, monkeypatch, failure):
+    plain, graphed = pair(device)
+    embeds, x = randn(1, EMBEDDING_DIM).to(device), randn(1, 4, 8, 8).to(device)
+    real = graphs.capture
+
+    def capture(compute):
+        run, out, expected = real(compute)
+        if failure == "no capture":
+            raise graphs.NoGraph("operation not permitted when stream is capturing")
+        return lambda: out.copy_(1.05 * expected if failure == "another result" else out / 0), out, expected
+
+    def differs() -> float:
+        step = graphed.step(x, graphed.prepare(embeds, [5]), 0)
+        return relative_l2(step, plain.step(x, plain.prepare(embeds, [5]), 0))
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    with pytest.warns(UserWarning, match="UNet runs without a graph: (operation not|a replay gave)"):
+        assert differs() <= 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert differs() <= 1e-6 and len(graphs.captured) == 1  # not tried at each step
+    monkeypatch.setattr(graphs, "capture", real)
+    for unet in (plain, graphed):
+        unet.conv_in.weight = torch.nn.Parameter(3 * unet.conv_in.weight)
+    assert differs() <= 1e-6 and len(graphs.captured) == 2 and graphed.graphs
+
+
+@torch.no_grad()
+def test_what_overflows_is_not_captured(device):
+    _, graphed = pair(device)
+    plan = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5])
+    graphed.conv_in.weight[0, 0, 0, 0] = float("inf")
+    with pytest.warns(UserWarning, match="UNet runs without a graph: its result is not finite"):
+        assert not graphed.step(randn(1, 4, 8, 8).to(device), plan, 0).isfinite().all()
+    assert not graphed.graphs
+
+
+@on_cuda
+@pytest.mark.gpu
+@torch.no_grad()
+def test_after_a_capture_that_fails_the_next_one_does_not():
+    plain, graphed = pair("cuda")
+
+    class Asks(torch.nn.Identity):
+        def forward(self, x):
+            return x * x.new_tensor(1.0 if x.abs().sum().item() else 2.0)  # which a capture cannot
+
+    for unet in (plain, graphed):
+        unet.conv_norm_out = torch.nn.Sequential(unet.conv_norm_out, Asks())
+    given = randn(1, 4, 8, 8).cuda(), graphed.prepare(randn(1, EMBEDDING_DIM).cuda(), [5]), 0
+    stream = torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="UNet runs without a graph"):
+        out = graphed.step(*given)
+    assert relative_l2(out, plain.step(*given)) <= 1e-6 and torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()  # an error, where PyTorch still takes itself to be capturing
+    for unet in (plain, graphed):
+        unet.conv_norm_out = unet.conv_norm_out[0]
+    x, *plan = randn(1, 4, 8, 16).cuda(), *given[1:]
+    assert relative_l2(graphed.step(x, *plan), plain.step(x, *plan)) <= 1e-6 and graphed.graphs
+
+
+@torch.no_grad()
+def test_a_large_decoding_is_not_captured(device, monkeypatch):
+    monkeypatch.setattr(graphs, "LARGEST_DECODING", 2 * 4 * 4 * 4)
+    graphed = ours(MoVQ, small.reference_movq()).to(device)
+    graphed.__class__ = GraphedMoVQ
+    for size, captures in ((4, 1), (8, 1)):
+        for _ in range(3):
+            graphed.decode(randn(2, 4, 4, size).to(device))
+        assert len(graphs.captured) == captures
 
 
 @torch.no_grad()
@@ -166,12 +243,12 @@ def test_movq_is_captured_at_the_second_decoding_of_a_size(device):
         assert earlier is None or torch.equal(*earlier)  # not overwritten
         earlier = pixels, pixels.clone()
     twin = copy.deepcopy(graphed)
-    assert vars(twin)["graph"] is None and relative_l2(twin.decode(z), pixels) <= 1e-6
+    assert not vars(twin)["graphs"] and relative_l2(twin.decode(z), pixels) <= 1e-6
     for network in (plain, graphed):
         network.double()
-    assert vars(graphed)["graph"] is None and relative_l2(graphed.decode(z), plain.decode(z)) <= 1e-6
+    assert "graphs" not in vars(graphed) and relative_l2(graphed.decode(z), plain.decode(z)) <= 1e-6
     restore(graphed)
-    assert type(graphed) is MoVQ and not {"graph", "decoded"} & set(vars(graphed))
+    assert type(graphed) is MoVQ and not {"graphs", "failed", "decoded"} & set(vars(graphed))
 
 
 def test_pictures_in_every_mode_are_the_plain_ones(device, decoder_folder):
@@ -190,7 +267,7 @@ def test_pictures_in_every_mode_are_the_plain_ones(device, decoder_folder):
         {"guidance_scale": 1},
     ):
         drawn = [pipe.text2img(**settings | changes) for pipe in (graphed, plain)]
-        assert relative_l2(*drawn) <= 1e-5, changes
+        assert relative_l2(*drawn) <= (1e-5 if device == "cpu" else 1e-4), changes
     assert len(graphs.captured) >= 6
 
 
@@ -234,7 +311,7 @@ def test_weights_changed_in_place_count_and_replaced_ones_are_captured_anew(devi
     assert agrees()
     twin = copy.deepcopy(graphed)
     twin.conv_in.weight.zero_()
-    assert agrees() and relative_l2(twin.step(x, twin.prepare(embeds, [5]), 0), graphed.graph.out) > 1e-2
+    assert agrees() and relative_l2(twin.step(x, twin.prepare(embeds, [5]), 0), graphed.graphs[0].out) > 1e-2
 
 
 @on_cuda
@@ -252,11 +329,7 @@ def test_a_pipeline_with_graphs_draws_the_plain_ones_picture(decoder_folder):
 
 
 def test_on_the_cpu_there_is_no_graph():
-    for network, name in (
-        (ours(Prior, small.reference_prior()), "prior graph"),
-        (ours(MoVQ, small.reference_movq()), "movq graph"),
-    ):
-        plain = type(network)
-        assert optimize(network, (name,)) == {name: 0} and type(network) is plain
-    unet = ours(UNet, small.reference_unet())
-    assert optimize(unet)["cuda graph"] == 0 and type(unet) is UNet
+    references = {Prior: small.reference_prior, MoVQ: small.reference_movq, UNet: small.reference_unet}
+    for plain, reference in references.items():
+        network = ours(plain, reference())
+        assert optimize(network)["cuda graph"] == 0 and type(network) is plain
