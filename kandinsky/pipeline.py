@@ -324,12 +324,12 @@ class Kandinsky(Requests):
 
     def _guided_embeds(self, request: Request, noise: Noise) -> Tensor:
         """-> (images, d), or (2·images, d) with the unconditional half first."""
-        copies = request.images_per_prompt
-        if request.texts is not None:
+        words, copies = request.words, request.images_per_prompt
+        if words.texts is not None:
             settings = (request.prior_settings, noise, (None, request.watch[1]))
-            image_embeds, uncond = self._embed(request.texts, request.negatives, copies, *settings)
+            image_embeds, uncond = self._embed(words.texts, words.negatives, copies, *settings)
         else:
-            rows = [e if e is None else list(e.to(self.device)) for e in request.embeds]
+            rows = [e if e is None else list(e.to(self.device)) for e in words.embeds]
             image_embeds, uncond = (e if e is None else request.rows(e) for e in rows)
         if request.guidance_scale <= 1:
             return image_embeds
@@ -338,10 +338,11 @@ class Kandinsky(Requests):
 
     def _decoder_texts(self, request: Request) -> tuple[Tensor, Tensor] | None:
         """2.1: the U-Net's own reading of prompts, rows as in `_guided_embeds`; the other half is of ""."""
-        if request.decoder_texts is None:
+        words = request.words
+        if words.decoder_texts is None:
             return None
-        uncond = request.negatives or [""] * request.num_prompts
-        texts = (uncond if request.guidance_scale > 1 else []) + request.decoder_texts
+        uncond = words.negatives or [""] * words.num_prompts
+        texts = (uncond if request.guidance_scale > 1 else []) + words.decoder_texts
         return self._encode_decoder_texts([t for t in texts for _ in range(request.images_per_prompt)])
 
     def _encode(self, request: Request, pictures: list[Tensor]) -> Tensor:

@@ -14,17 +14,23 @@ LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
 
-class Request(NamedTuple):
-    """What a call asks for, checked: the part that every task has.
-
-    Rows, one per image, are prompt × images_per_prompt + k.
-    """
+class Words(NamedTuple):
+    """What to show."""
 
     texts: list[str] | None  # one per prompt, or None where embeds take their place
     negatives: list[str] | None
     decoder_texts: list[str] | None  # 2.1: what the U-Net reads itself, one per prompt
     embeds: ImageEmbeds | None
     num_prompts: int
+
+
+class Request(NamedTuple):
+    """What a call asks for, checked: the part that every task has.
+
+    Rows, one per image, are prompt × images_per_prompt + k.
+    """
+
+    words: Words
     images_per_prompt: int
     prior_settings: tuple[Timesteps, float] | None
     guidance_scale: float
@@ -39,7 +45,9 @@ class Request(NamedTuple):
     def rows(self, items: list[Tensor]) -> Tensor:
         """One item for every prompt, or one alone for all -> (images, …)"""
         items = torch.stack(items)
-        return items.expand(self.num_prompts, *items.shape[1:]).repeat_interleave(self.images_per_prompt, 0)
+        return items.expand(self.words.num_prompts, *items.shape[1:]).repeat_interleave(
+            self.images_per_prompt, 0
+        )
 
 
 class Requests(Embedding):
@@ -60,15 +68,40 @@ class Requests(Embedding):
         **lists: list[Tensor] | None,
     ) -> Request:
         """Checks what all tasks share; draws the seeds. lists: the task's own pictures, masks, hints."""
-        prompt, embeds, negative_prompt, prior_num_steps, prior_scale = words
+        *asked, prior_num_steps, prior_scale = words
         images_per_prompt = arguments.whole(images_per_prompt, "num_images_per_prompt")
         arguments.output_type(output_type, OUTPUT_TYPES)
         watch = self._watch(on_step, progress)
-        height, width = self._size(*size, lists.get("pictures"))
+        size = self._size(*size, lists.get("pictures"))
         guidance_scale = arguments.number(guidance_scale, "guidance_scale")
         interval, cache_every = shortcuts
         interval = arguments.interval(interval, "guidance_interval")
         shortcuts = (interval, arguments.whole(cache_every, "cache_every"))
+        words = self._words(*asked, lists)
+        num_images = words.num_prompts * images_per_prompt
+        full_size, latent_shape = self._full_size(size)
+        latents = arguments.noise(latents, ((num_images, *latent_shape),))
+        self.seeds = arguments.seeds(seed, num_images)
+        prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_") if words.texts else None
+        self._check_weights(words, guidance_scale, output_type != "latent" or "pictures" in lists)
+        return Request(
+            words=words,
+            images_per_prompt=images_per_prompt,
+            prior_settings=prior_settings,
+            guidance_scale=guidance_scale,
+            size=size,
+            full_size=full_size,
+            latent_shape=latent_shape,
+            latents=latents,
+            output_type=output_type,
+            watch=watch,
+            shortcuts=shortcuts,
+        )
+
+    def _words(
+        self, prompt: Any, embeds: Any, negative_prompt: Any, lists: dict[str, list[Tensor] | None]
+    ) -> Words:
+        """As often as there are prompts, embeds, pictures, masks or hints; one alone goes with all."""
         texts, given = self._prompts_or_embeds(prompt, embeds, negative_prompt)
         lengths = {name: len(items) for name, items in lists.items() if items is not None}
         decoder_texts = None
@@ -79,34 +112,20 @@ class Requests(Embedding):
         texts = texts and texts * (count // given)
         decoder_texts = decoder_texts and decoder_texts * (count // len(decoder_texts))
         negatives = arguments.negative_prompts(negative_prompt, count)
+        return Words(texts, negatives, decoder_texts, embeds, count)
+
+    def _full_size(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int, int]]:
+        """What a size in pixels is made at: the next multiples of f², and the shape of its latents."""
         f = self.movq_config.downscale
-        full_size = (-(-height // f**2) * f**2, -(-width // f**2) * f**2)
-        shape = (self.unet_config.latent_channels, full_size[0] // f, full_size[1] // f)
-        latents = arguments.noise(latents, ((count * images_per_prompt, *shape),))
-        self.seeds = arguments.seeds(seed, count * images_per_prompt)
-        prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_") if texts else None
-        needs_movq = output_type != "latent" or "pictures" in lists
-        needed = (["text_encoder", "prior"] if texts else []) + ["unet"] + (["movq"] if needs_movq else [])
-        self.check_files(*needed, *(["decoder_text_encoder"] if decoder_texts else []))
-        if guidance_scale > 1 and (negatives if texts else embeds.negative_image_embeds) is None:
+        height, width = (-(-side // f**2) * f**2 for side in size)
+        return (height, width), (self.unet_config.latent_channels, height // f, width // f)
+
+    def _check_weights(self, words: Words, guidance_scale: float, needs_movq: bool) -> None:
+        needed = (["text_encoder", "prior"] if words.texts else []) + ["unet"] + ["movq"] * needs_movq
+        self.check_files(*needed, *(["decoder_text_encoder"] if words.decoder_texts else []))
+        negatives = words.negatives if words.texts else words.embeds.negative_image_embeds
+        if guidance_scale > 1 and negatives is None:
             self.check_zero_image()
-        return Request(
-            texts=texts,
-            negatives=negatives,
-            decoder_texts=decoder_texts,
-            embeds=embeds,
-            num_prompts=count,
-            images_per_prompt=images_per_prompt,
-            prior_settings=prior_settings,
-            guidance_scale=guidance_scale,
-            size=(height, width),
-            full_size=full_size,
-            latent_shape=shape,
-            latents=latents,
-            output_type=output_type,
-            watch=watch,
-            shortcuts=shortcuts,
-        )
 
     def _check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder
