@@ -193,6 +193,10 @@ def skeleton() -> Iterator[None]:
         yield
 
 
+# networks without memory that a check has made, for the reading that follows: each takes some 50 ms
+_checked: dict[tuple[type, Any], nn.Module] = {}
+
+
 class Pretrained:
     """`from_pretrained` and `save_pretrained`; a subclass names its config class and weights file."""
 
@@ -240,14 +244,17 @@ class Pretrained:
     @classmethod
     def check_pretrained(cls, folder: str | Path) -> None:
         """Raises what `from_pretrained` would of files that do not fit; reads headers only."""
-        cls._find(folder)
+        model, _ = cls._find(folder)
+        _checked[cls, model.config] = model
 
     @classmethod
     def _find(cls: type[Model], folder: str | Path, device: str | torch.device = "cpu") -> tuple[Model, dict]:
         """The network without memory, and where each of its tensors lies."""
         config = cls.read_config(folder)
-        with skeleton():
-            model = cls(config)
+        model = _checked.pop((cls, config), None)
+        if model is None:
+            with skeleton():
+                model = cls(config)
         return model, find_tensors(weight_files(Path(folder), cls.weights_name), model.state_dict(), device)
 
     def save_pretrained(self, folder: str | Path) -> None:
