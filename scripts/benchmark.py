@@ -92,7 +92,11 @@ def parse_args(argv=None):
     )
     parser.add_argument("--device", default="cpu", help="of the networks")
     parser.add_argument(
-        "--compile", action="store_true", help="also under torch.compile; of pictures, diffusers'"
+        "--compile",
+        nargs="?",
+        const="both",
+        choices=("both", "diffusers", "ours"),
+        help="whose networks also under torch.compile; of pictures, diffusers'",
     )
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
@@ -212,7 +216,7 @@ def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"kernels of {name}", attempt(measure_kernels, args, name)
     yield from measure_cuda_parts(args, [(half, networks, 512, False)])
     if args.weights != DECODER:
-        vars(args).update(dtype=half, compile=True)
+        vars(args).update(dtype=half, compile="both")
         sizes = [(512, 1), (1024, 1), (512, 8)]
         for name in pipelines(args):
             yield f"pictures, {name}", attempt(partial(measure_pipeline, sizes=sizes), args, name)
@@ -231,7 +235,7 @@ def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
 def measure_cuda_parts(args, plan: list[tuple[str, list[str], int, bool]]) -> Iterator[tuple[str, Any]]:
     """plan: dtype, networks, side of the picture, whether compiled too"""
     for dtype, names, side, compiled in plan:
-        vars(args).update(dtype=dtype, side=side, compile=compiled)
+        vars(args).update(dtype=dtype, side=side, compile="both" if compiled else None)
         parts = {}
         for name in names:
             parts[name] = attempt(measure_part, args, name)
