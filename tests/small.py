@@ -3,7 +3,10 @@
 No norm group has a single channel, sizes differ along every axis, and attention has several heads.
 """
 
+import copy
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +35,13 @@ EMBEDDING_DIM = 32
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": True, "steps_offset": 1}
 
 
+def made_once(make: Callable) -> Callable:
+    """Makes and randomises a model once for what is asked; whoever asks gets a copy."""
+    made = functools.cache(make)
+    return functools.wraps(make)(lambda *args, **kwargs: copy.deepcopy(made(*args, **kwargs)))
+
+
+@made_once
 def reference_unet(in_channels: int = 4, hint: bool = False, seed: int = 0, **sizes) -> UNet2DConditionModel:
     settings = {"block_out_channels": (32, 48, 64), "layers_per_block": 2, "attention_head_dim": 8}
     settings |= {"cross_attention_dim": 24, "norm_num_groups": 8, "sample_size": 8, **sizes}
@@ -50,11 +60,13 @@ def reference_unet(in_channels: int = 4, hint: bool = False, seed: int = 0, **si
     return randomize(model, seed)
 
 
+@made_once
 def reference_prior(seed: int = 0) -> PriorTransformer:
     sizes = {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 3}
     return randomize(PriorTransformer(**sizes, embedding_dim=EMBEDDING_DIM), seed)
 
 
+@made_once
 def reference_movq(levels: int = 3, seed: int = 0) -> VQModel:
     model = VQModel(
         block_out_channels=(64, 64, 96, 128)[:levels],
@@ -70,6 +82,7 @@ def reference_movq(levels: int = 3, seed: int = 0) -> VQModel:
     return randomize(model, seed)
 
 
+@made_once
 def reference_text_encoder(seed: int = 0, **changes) -> CLIPTextModelWithProjection:
     sizes = {"hidden_size": EMBEDDING_DIM, "intermediate_size": 48, "num_attention_heads": 4}
     sizes |= {"num_hidden_layers": 3, "projection_dim": EMBEDDING_DIM, "vocab_size": 519}
@@ -77,6 +90,7 @@ def reference_text_encoder(seed: int = 0, **changes) -> CLIPTextModelWithProject
     return randomize(CLIPTextModelWithProjection(CLIPTextConfig(**settings)), seed)
 
 
+@made_once
 def reference_multilingual(seed: int = 0, **changes) -> MultilingualCLIP:
     sizes = {"hidden_size": 48, "transformerDimensions": 48, "numDims": EMBEDDING_DIM}
     sizes |= {"intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 300}
@@ -84,6 +98,7 @@ def reference_multilingual(seed: int = 0, **changes) -> MultilingualCLIP:
     return randomize(MultilingualCLIP(MCLIPConfig(**sizes | changes)).eval(), seed)
 
 
+@made_once
 def reference_image_encoder(seed: int = 0, **changes) -> CLIPVisionModelWithProjection:
     sizes = {"hidden_size": 40, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
     sizes |= {"projection_dim": EMBEDDING_DIM, "image_size": 24, "patch_size": 8}
@@ -94,8 +109,11 @@ def reference_image_encoder(seed: int = 0, **changes) -> CLIPVisionModelWithProj
 def ours(network: type, reference: torch.nn.Module) -> torch.nn.Module:
     """Our network with the reference's config and weights; every name and shape must fit."""
     holder = reference if hasattr(reference, "to_json_string") else reference.config
-    model = network(read_config(network.config_class, json.loads(holder.to_json_string())))
-    model.load_state_dict(reference.state_dict(), strict=True)
+    config = read_config(network.config_class, json.loads(holder.to_json_string()))
+    with torch.device("meta"):
+        model = network(config)
+    weights = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 
 

@@ -180,11 +180,11 @@ def test_every_form_of_a_picture_gives_the_same_result(pipe, inpainter):
         assert torch.equal(pipe.embed_image(form), embedded)
 
 
-def test_ten_inpaintings_in_a_row_leave_the_kept_part_bit_identical(inpainter):
+def test_inpaintings_in_a_row_leave_the_kept_part_bit_identical(inpainter):
     image, mask = picture(50, 37), half_mask(37, 50)
     kept = np.array(image)[mask == 0]
     before = image.copy()
-    for seed in range(10):
+    for seed in range(4):
         (after,) = inpainter.inpaint(PROMPT, image=image, mask_image=mask, seed=seed, **QUICK)
         assert after.size == (50, 37) and np.array_equal(np.array(after)[mask == 0], kept)
         assert not np.array_equal(np.array(after)[mask == 1], np.array(image)[mask == 1])
@@ -283,7 +283,7 @@ def test_outpainting_keeps_the_picture(inpainter):
     assert out.size == (41, 29) and np.array_equal(np.array(out)[:20, 11:], np.array(image))
 
 
-@pytest.mark.parametrize("width, height", [(1, 1), (400, 30), (7, 90)])
+@pytest.mark.parametrize("width, height", [(1, 1), (130, 20), (7, 90)])
 def test_any_size_works(pipe, inpainter, width, height):
     """diffusers crashes at sizes that are no multiples of f²."""
     image, mask = picture(width, height), np.ones((height, width))

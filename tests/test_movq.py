@@ -19,9 +19,9 @@ def test_encode_and_decode_match_diffusers(levels, batch, h, w, scale):
         assert relative_l2(movq.encode(pixels), reference.encode(pixels).latents) <= 1e-5
         latents = randn(batch, 4, h // 4, w // 4, seed=seed) * scale
         theirs = reference.decode(latents, force_not_quantize=True).sample
-        f = 2 ** (levels - 1)
-        assert movq.decode(latents).shape == (batch, 3, h // 4 * f, w // 4 * f)
-        assert relative_l2(movq.decode(latents), theirs) <= 1e-5
+        f, decoded = 2 ** (levels - 1), movq.decode(latents)
+        assert decoded.shape == (batch, 3, h // 4 * f, w // 4 * f)
+        assert relative_l2(decoded, theirs) <= 1e-5
 
 
 @torch.no_grad()

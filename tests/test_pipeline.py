@@ -71,8 +71,8 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def reference_pictures(reference, seed: int, **settings) -> dict[str, torch.Tensor]:
-    """Latents and pictures (b, 3, h, w) in [0, 1] of one run of the combined pipeline."""
+def reference_pictures(reference, seed: int, output_type: str = "pt", **settings) -> torch.Tensor:
+    """Pictures (b, 3, h, w) in [0, 1], or latents, of the combined pipeline."""
     settings = {
         "num_inference_steps": 4,
         "prior_num_inference_steps": 3,
@@ -80,9 +80,9 @@ def reference_pictures(reference, seed: int, **settings) -> dict[str, torch.Tens
         "width": 48,
         **settings,
     }
-    latents = reference(generator=generator(seed), output_type="latent", **settings).images
-    pictures = reference(generator=generator(seed), output_type="np", **settings).images
-    return {"latent": latents, "pt": torch.from_numpy(pictures).permute(0, 3, 1, 2)}
+    their_type = "np" if output_type == "pt" else output_type
+    out = reference(generator=generator(seed), output_type=their_type, **settings).images
+    return torch.from_numpy(out).permute(0, 3, 1, 2) if output_type == "pt" else out
 
 
 def our_pictures(pipe, seed, output_type: str = "pt", **settings) -> torch.Tensor:
@@ -114,16 +114,15 @@ def test_text2img_from_a_prompt_equals_the_combined_pipeline(
         "guidance_scale": guidance_scale,
         "prior_guidance_scale": prior_guidance_scale,
     }
-    for seed, output_type in ((0, "latent"), (123, "pt")):
-        theirs = reference_pictures(reference, seed, **settings)
-        assert relative_l2(our_pictures(pipe, seed, output_type, **settings), theirs[output_type]) <= 1e-4
+    theirs = reference_pictures(reference, 123, "latent", **settings)
+    assert relative_l2(our_pictures(pipe, 123, "latent", **settings), theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("steps, prior_steps", [(1, 2), (10, 25), (7, 2)])
 def test_other_numbers_of_steps_equal_the_combined_pipeline(pipe, reference, steps, prior_steps):
     settings = {"prompt": OTHER, "num_inference_steps": steps, "prior_num_inference_steps": prior_steps}
     theirs = reference_pictures(reference, 5, **settings)
-    assert relative_l2(our_pictures(pipe, 5, **settings), theirs["pt"]) <= 1e-4
+    assert relative_l2(our_pictures(pipe, 5, **settings), theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("negative_prompt", [None, NEGATIVE])
@@ -151,13 +150,14 @@ def test_embed_then_text2img_equals_the_two_pipelines(pipe, reference_parts, neg
 
 @pytest.mark.parametrize("height, width", [(1, 1), (30, 47), (16, 33), (5, 64)])
 def test_any_size_is_made_at_multiples_of_16_and_cropped_in_the_middle(pipe, reference, height, width):
-    theirs = reference_pictures(reference, 1, prompt=PROMPT, height=height, width=width)
+    size = {"prompt": PROMPT, "height": height, "width": width}
+    theirs = {kind: reference_pictures(reference, 1, kind, **size) for kind in ("latent", "pt")}
     full_height, full_width = (-(-side // 16) * 16 for side in (height, width))
     top, left = (full_height - height) // 2, (full_width - width) // 2
-    latents = our_pictures(pipe, 1, "latent", prompt=PROMPT, height=height, width=width)
+    latents = our_pictures(pipe, 1, "latent", **size)
     assert latents.shape == (1, 4, full_height // 4, full_width // 4)
     assert relative_l2(latents, theirs["latent"]) <= 1e-4
-    picture = our_pictures(pipe, 1, prompt=PROMPT, height=height, width=width)
+    picture = our_pictures(pipe, 1, **size)
     wanted = theirs["pt"][..., top : top + height, left : left + width]
     assert picture.shape == (1, 3, height, width) and relative_l2(picture, wanted) <= 1e-4
 
@@ -175,7 +175,7 @@ def test_three_images_equal_three_single_runs_of_diffusers(pipe, reference, nega
     """With guidance off and several images diffusers crashes for lists; single runs are the reference."""
     settings = {"prompt": PROMPT, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
     ours = our_pictures(pipe, 40, "latent", num_images_per_prompt=3, **settings)
-    theirs = [reference_pictures(reference, 40 + i, **settings)["latent"] for i in range(3)]
+    theirs = [reference_pictures(reference, 40 + i, "latent", **settings) for i in range(3)]
     assert relative_l2(ours, torch.cat(theirs)) <= 1e-4
     assert pipe.seeds == [40, 41, 42]
 
@@ -394,9 +394,9 @@ def test_half_precision_is_as_close_to_float32_as_diffusers(decoder_folder, refe
     )
     ours, theirs = [], []
     for seed in range(8):
-        full = reference_pictures(reference, seed, prompt=PROMPT)["latent"]
+        full = reference_pictures(reference, seed, "latent", prompt=PROMPT)
         ours.append(relative_l2(our_pictures(pipe, seed, "latent", prompt=PROMPT), full))
-        their_half = reference_pictures(half, seed, prompt=PROMPT)["latent"]
+        their_half = reference_pictures(half, seed, "latent", prompt=PROMPT)
         theirs.append(relative_l2(their_half.float(), full))
     assert sorted(ours)[4] <= 1.3 * sorted(theirs)[4]
 
@@ -623,7 +623,7 @@ def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_dropped(pipe, r
     words = " ".join(["cat"] * 75 + ["and then the rest"])
     with pytest.warns(UserWarning, match="and then the rest"):
         ours = our_pictures(pipe, 1, prompt=words)
-    assert relative_l2(ours, reference_pictures(reference, 1, prompt=words)["pt"]) <= 1e-4
+    assert relative_l2(ours, reference_pictures(reference, 1, prompt=words)) <= 1e-4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         our_pictures(pipe, 1, prompt="cat " * 75)

@@ -47,7 +47,7 @@ def anything(call):
         st.sampled_from(["train", "held_out"]),
         st.sampled_from(list(ONLY.values())),
     )
-    return settings(max_examples=150, deadline=None)(given(scenes, st.randoms(use_true_random=False))(call))
+    return settings(max_examples=60, deadline=None)(given(scenes, st.randoms(use_true_random=False))(call))
 
 
 def test_there_are_enough_colours_shapes_and_held_out_pairs():

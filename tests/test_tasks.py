@@ -107,29 +107,25 @@ OURS = {**STEPS, "prior_num_inference_steps": 3, "output_type": "pt"}
 def test_img2img_equals_diffusers(pipe, references, strength, negative_prompt, guidance_scale):
     image = picture(WIDTH, HEIGHT)
     settings = {"strength": strength, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    for seed in (0, 123) if strength == 0.8 else (7,):
-        theirs = references("img2img", seed, image=image, **STEPS, **settings)
-        ours = pipe.img2img(PROMPT, image=image, seed=seed, **OURS, **settings)
-        assert relative_l2(ours, theirs) <= 1e-4
+    theirs = references("img2img", 123, image=image, **STEPS, **settings)
+    ours = pipe.img2img(PROMPT, image=image, seed=123, **OURS, **settings)
+    assert relative_l2(ours, theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("negative_prompt, guidance_scale", [(None, 4.0), (NEGATIVE, 4.0), (NEGATIVE, 1.0)])
 def test_inpaint_without_pasting_equals_diffusers(inpainter, references, negative_prompt, guidance_scale):
     image, mask = picture(WIDTH, HEIGHT), half_mask()
     settings = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
-    for seed in (0, 123):
-        theirs = references("inpaint", seed, image=image, mask_image=mask.copy(), **STEPS, **settings)
-        ours = inpainter.inpaint(
-            PROMPT, image=image, mask_image=mask, keep_unmasked=False, seed=seed, **OURS, **settings
-        )
-        assert relative_l2(ours, theirs) <= 1e-4
+    theirs = references("inpaint", 123, image=image, mask_image=mask.copy(), **STEPS, **settings)
+    ours = inpainter.inpaint(PROMPT, image, mask, keep_unmasked=False, seed=123, **OURS, **settings)
+    assert relative_l2(ours, theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("strength", [None, 0.45, 0.8])
 def test_hints_equal_diffusers(hinted, references, strength):
     """The small MoVQ halves twice, the hint network three times: diffusers wants twice the picture's size."""
     hint, image = randn(1, 3, 2 * HEIGHT, 2 * WIDTH, seed=4).sigmoid(), picture(WIDTH, HEIGHT)
-    for seed, negative_prompt in ((0, None), (7, NEGATIVE), (123, NEGATIVE)):
+    for seed, negative_prompt in ((0, None), (123, NEGATIVE)):
         settings = {"hint": hint, "negative_prompt": negative_prompt}
         if strength is None:
             theirs = references("hint", seed, **STEPS, **settings)
@@ -181,16 +177,13 @@ def test_embed_from_equals_diffusers(pipe, prior_parts, strength, negative_promp
     reference = quiet(KandinskyV22PriorEmb2EmbPipeline(**prior_parts))
     image = picture(37, 24)
     settings = {"strength": strength, "num_inference_steps": 7, "guidance_scale": guidance_scale}
-    for seed in (0, 123):
-        theirs = reference(
-            PROMPT, image, negative_prompt=negative_prompt, generator=generator(seed), **settings
-        )
-        ours = pipe.embed_from(image, PROMPT, negative_prompt=negative_prompt, seed=seed, **settings)
-        assert relative_l2(ours.image_embeds, theirs.image_embeds) <= 1e-5
-        if negative_prompt is None:
-            assert ours.negative_image_embeds is None
-        else:
-            assert relative_l2(ours.negative_image_embeds, theirs.negative_image_embeds) <= 1e-5
+    theirs = reference(PROMPT, image, negative_prompt=negative_prompt, generator=generator(123), **settings)
+    ours = pipe.embed_from(image, PROMPT, negative_prompt=negative_prompt, seed=123, **settings)
+    assert relative_l2(ours.image_embeds, theirs.image_embeds) <= 1e-5
+    if negative_prompt is None:
+        assert ours.negative_image_embeds is None
+    else:
+        assert relative_l2(ours.negative_image_embeds, theirs.negative_image_embeds) <= 1e-5
 
 
 def test_embed_from_of_several_images_equals_single_runs(pipe, prior_parts):
@@ -214,13 +207,12 @@ def test_mix_equals_diffusers_interpolate(
     items, weights = [PROMPT, picture(40, 30), OTHER, picture(9, 50, seed=1)], [0.3, -0.2, 0.5, 0.4]
     settings = {"negative_prompt": negative_prompt, "negative_prior_prompt": negative_prior_prompt}
     settings |= {"num_inference_steps": 4, "guidance_scale": guidance_scale}
-    for seed in (0, 123):
-        theirs = prior_pipeline.interpolate(items, weights, generator=generator(seed), **settings)
-        ours = pipe.mix(items, weights, seed=seed, **settings)
-        assert relative_l2(ours.image_embeds, theirs.image_embeds) <= 1e-5
-        negative = ours.negative_image_embeds
-        negative = pipe.zero_image_embeds if negative is None else negative
-        assert relative_l2(negative, theirs.negative_image_embeds) <= 1e-5
+    theirs = prior_pipeline.interpolate(items, weights, generator=generator(123), **settings)
+    ours = pipe.mix(items, weights, seed=123, **settings)
+    assert relative_l2(ours.image_embeds, theirs.image_embeds) <= 1e-5
+    negative = ours.negative_image_embeds
+    negative = pipe.zero_image_embeds if negative is None else negative
+    assert relative_l2(negative, theirs.negative_image_embeds) <= 1e-5
 
 
 def test_mix_of_several_images_equals_single_runs_of_interpolate(pipe, prior_pipeline):
