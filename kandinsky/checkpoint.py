@@ -193,8 +193,9 @@ def skeleton() -> Iterator[None]:
         yield
 
 
-# networks without memory that a check has made, for the reading that follows: each takes some 50 ms
-_checked: dict[tuple[type, Any], nn.Module] = {}
+# networks without memory that a check has made, one of a class and config, for the reading that follows: to
+# make one takes some 50 ms
+_checked: dict[tuple[type, str], nn.Module] = {}
 
 
 class Pretrained:
@@ -245,13 +246,13 @@ class Pretrained:
     def check_pretrained(cls, folder: str | Path) -> None:
         """Raises what `from_pretrained` would of files that do not fit; reads headers only."""
         model, _ = cls._find(folder)
-        _checked[cls, model.config] = model
+        _checked[cls, repr(model.config)] = model
 
     @classmethod
     def _find(cls: type[Model], folder: str | Path, device: str | torch.device = "cpu") -> tuple[Model, dict]:
         """The network without memory, and where each of its tensors lies."""
         config = cls.read_config(folder)
-        model = _checked.pop((cls, config), None)
+        model = _checked.pop((cls, repr(config)), None)
         if model is None:
             with skeleton():
                 model = cls(config)

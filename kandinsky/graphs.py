@@ -17,11 +17,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from itertools import chain
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as hooks_on_all
 from torch.utils.weak import TensorWeakRef
 
 from kandinsky import movq as movqs
@@ -35,12 +37,16 @@ WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
 LARGEST_DECODING = 2**15  # numbers in the latents: two pictures of 512 px
 
 
+MOST_FAILURES = 8  # of a network, after which nothing further is tried
+capturing = Lock()
+
+
 class NoGraph(RuntimeError):
     """Nothing could be captured, or a replay computes something else."""
 
 
 class Graphs(list):
-    """Of a network. A copy of it captures its own."""
+    """A list that is empty in a copy of the network, which has to capture its own."""
 
     def __reduce__(self) -> tuple:
         return Graphs, ()
@@ -58,7 +64,8 @@ class _Graphed(nn.Module):
         asked = [rests_on, *map(form, (*changing, *kept))]
         graphs = vars(self).setdefault("graphs", Graphs())
         graph = next((graph for graph in graphs if graph.asked == asked), None)
-        if graph is None and asked not in vars(self).get("failed", ()):
+        failed = vars(self).setdefault("failed", Graphs())
+        if graph is None and asked not in failed and len(failed) < MOST_FAILURES:
             graph = self._captured(asked, compute, changing, kept)
         return compute(*changing, *kept) if graph is None else graph.replay(changing, kept)
 
@@ -71,15 +78,18 @@ class _Graphed(nn.Module):
         try:
             self.graphs.append(Graph(asked, *given))
             return self.graphs[-1]
+        except FloatingPointError:
+            return None  # the run ends with one, or its next input is better
         except NoGraph as error:
             reason = str(error)
         # not in the `except`, where what has failed would keep its memory
-        vars(self).setdefault("failed", []).append(asked)
+        self.failed.append(asked)
         warnings.warn(f"{type(self).__name__[7:]} runs without a graph: {reason}", stacklevel=2)
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        vars(self).pop("graphs", None)
+        for made in self.MADE:
+            vars(self).pop(made, None)
         return super()._apply(fn, recurse)
 
 
@@ -157,10 +167,10 @@ class Graph:
             with torch.cuda.device_of(self.changing[0]):
                 self.run, self.out, expected = capture(lambda: compute(*self.changing, *self.kept))
                 self.run()
-        except torch.OutOfMemoryError as error:
-            raise NoGraph("out of memory") from error
+        except RuntimeError as error:  # no memory, mostly
+            raise NoGraph(one_line(error)) from error
         if not expected.isfinite().all():
-            raise NoGraph("its result is not finite")
+            raise FloatingPointError("nothing to compare a graph with")
         if not alike(self.out, expected):
             raise NoGraph("a replay gave something else than what was captured")
 
@@ -175,8 +185,12 @@ class Graph:
 
 def dependencies(network: nn.Module, x: Tensor) -> list[Any] | None:
     """What a graph rests on: the attention, and where each weight lies. None where a graph does not do: on a
-    CPU, with gradients or hooks, or where PyTorch casts the weights for a while."""
+    CPU, with gradients or hooks, where PyTorch casts the weights for a while, or someone else captures."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return None
+    if hooks_on_all._global_forward_hooks or hooks_on_all._global_forward_pre_hooks:
+        return None
+    if torch.cuda.is_current_stream_capturing():
         return None
     pointers, modules = [], [network]
     # asked at each step, where `network.modules()` and `parameters()` take five times as long; the list grows
@@ -219,19 +233,32 @@ def side_stream(device: int) -> torch.cuda.Stream:
 def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, Tensor]:
     """-> what computes it again, where the result then lies, and the result"""
     before, stream = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
-    stream.wait_stream(before)
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            expected = compute()
-    before.wait_stream(stream)
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            out = compute()
-    except Exception as error:  # of many kinds, and the same is computed without
-        # what PyTorch leaves as it is when a capture fails: the stream, and where memory comes from
-        torch.cuda.set_stream(before)
-        with suppress(Exception):
-            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-        raise NoGraph(" ".join(str(error.__context__ or error).split())[:120]) from error
+    with capturing:  # the side stream is one for all threads
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                expected = compute()
+        before.wait_stream(stream)
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                out = compute()
+        except Exception as error:  # of many kinds, and the same is computed without
+            torch.cuda.set_stream(before)
+            clean_up(stream, pool)
+            raise NoGraph(one_line(error.__context__ or error)) from error
     return graph.replay, out, expected
+
+
+def clean_up(stream: torch.cuda.Stream, pool: Any) -> None:
+    """What most versions of PyTorch leave behind when a capture fails: memory still comes from its pool, and
+    stays there, and CUDA's own random numbers wait for its end, until another capture ends."""
+    with suppress(Exception):  # where there is nothing to do, the first line says so
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+    with suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        torch.zeros(1, device=stream.device)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]

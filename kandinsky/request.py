@@ -55,7 +55,7 @@ class Requests(Embedding):
 
     def _request(
         self,
-        words: tuple[Any, Any, Any, Any, Any],
+        asked: tuple[Any, Any, Any, Any, Any],
         size: tuple[Any, Any],
         shortcuts: tuple[Any, Any],
         latents: Any,
@@ -68,7 +68,7 @@ class Requests(Embedding):
         **lists: list[Tensor] | None,
     ) -> Request:
         """Checks what all tasks share; draws the seeds. lists: the task's own pictures, masks, hints."""
-        *asked, prior_num_steps, prior_scale = words
+        *words, prior_num_steps, prior_scale = asked
         images_per_prompt = arguments.whole(images_per_prompt, "num_images_per_prompt")
         arguments.output_type(output_type, OUTPUT_TYPES)
         watch = self._watch(on_step, progress)
@@ -77,7 +77,7 @@ class Requests(Embedding):
         interval, cache_every = shortcuts
         interval = arguments.interval(interval, "guidance_interval")
         shortcuts = (interval, arguments.whole(cache_every, "cache_every"))
-        words = self._words(*asked, lists)
+        words = self._words(*words, lists)
         num_images = words.num_prompts * images_per_prompt
         full_size, latent_shape = self._full_size(size)
         latents = arguments.noise(latents, ((num_images, *latent_shape),))
@@ -101,7 +101,7 @@ class Requests(Embedding):
     def _words(
         self, prompt: Any, embeds: Any, negative_prompt: Any, lists: dict[str, list[Tensor] | None]
     ) -> Words:
-        """As often as there are prompts, embeds, pictures, masks or hints; one alone goes with all."""
+        """Texts and embeds, repeated to as many as there are pictures, masks or hints; one goes with all."""
         texts, given = self._prompts_or_embeds(prompt, embeds, negative_prompt)
         lengths = {name: len(items) for name, items in lists.items() if items is not None}
         decoder_texts = None
@@ -121,6 +121,7 @@ class Requests(Embedding):
         return (height, width), (self.unet_config.latent_channels, height // f, width // f)
 
     def _check_weights(self, words: Words, guidance_scale: float, needs_movq: bool) -> None:
+        """The files of all networks that will be read, and the zero image where it is led away from."""
         needed = (["text_encoder", "prior"] if words.texts else []) + ["unet"] + ["movq"] * needs_movq
         self.check_files(*needed, *(["decoder_text_encoder"] if words.decoder_texts else []))
         negatives = words.negatives if words.texts else words.embeds.negative_image_embeds

@@ -96,7 +96,7 @@ def parse_args(argv=None):
         nargs="?",
         const="both",
         choices=("both", "diffusers", "ours"),
-        help="whose networks also under torch.compile; of pictures, diffusers'",
+        help="whose networks also under torch.compile; of pictures, diffusers'. Behind the kind",
     )
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
@@ -105,6 +105,8 @@ def parse_args(argv=None):
         args.runs = 2 if args.quick else 9 if args.what in ("import", "start", "mask") else 5
     if args.compile and args.what not in ("parts", "pictures"):
         parser.error("--compile goes with parts and pictures")
+    if args.compile == "ours" and args.what == "pictures":
+        parser.error("--compile ours goes with parts; of pictures only diffusers' networks are compiled")
     if min(args.num_images) < 1:
         parser.error(f"--num-images is {min(args.num_images)}; allowed is 1 and more")
     if args.runs < 1:

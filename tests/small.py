@@ -37,7 +37,12 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": True, "ste
 
 def made_once(make: Callable) -> Callable:
     """Makes and randomises a model once for what is asked; whoever asks gets a copy."""
-    made = functools.cache(make)
+
+    @functools.cache
+    def made(*args, **kwargs) -> torch.nn.Module:
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+            return make(*args, **kwargs)
+
     return functools.wraps(make)(lambda *args, **kwargs: copy.deepcopy(made(*args, **kwargs)))
 
 

@@ -103,6 +103,14 @@ def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, 
     assert run("benchmark", "cuda", "--quick") == 2
 
 
+def test_whose_networks_are_compiled_is_named_behind_the_kind(capsys):
+    module = load("benchmark")
+    given = {(): None, ("--compile",): "both", ("--compile", "diffusers"): "diffusers"}
+    assert {flags: module.parse_args(["parts", *flags]).compile for flags in given} == given
+    assert run("benchmark", "pictures", "--compile", "ours") == 2
+    assert "--compile ours goes with parts" in capsys.readouterr().err
+
+
 def test_convolutions_are_timed_in_both_orders(monkeypatch):
     networks = load("benchmark_networks")
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def device(request, monkeypatch) -> str:
         dependencies = graphs.dependencies
         as_if = type("OnCuda", (), {"is_cuda": True})()
         monkeypatch.setattr(graphs, "dependencies", lambda network, x: dependencies(network, as_if))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return request.param
 
 
@@ -187,13 +189,49 @@ def test_a_graph_that_fails_is_done_without(device, monkeypatch, failure):
 
 
 @torch.no_grad()
-def test_what_overflows_is_not_captured(device):
+def test_what_overflows_is_not_captured_until_it_does_no_more(device):
+    plain, graphed = pair(device)
+    embeds, x = randn(1, EMBEDDING_DIM).to(device), randn(1, 4, 8, 8).to(device)
+    plan = graphed.prepare(embeds, [5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not graphed.step(x * float("inf"), plan, 0).isfinite().any() and not graphed.graphs
+        step = graphed.step(x, plan, 0)
+    assert relative_l2(step, plain.step(x, plain.prepare(embeds, [5]), 0)) <= 1e-6 and graphed.graphs
+
+
+@torch.no_grad()
+def test_a_network_that_fails_at_every_size_is_left_alone(device, monkeypatch):
+    tried = []
+
+    def capture(compute):
+        tried.append(1)
+        raise RuntimeError("CUDA error:\n out of memory")
+
+    monkeypatch.setattr(graphs, "capture", capture)
     _, graphed = pair(device)
     plan = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5])
-    graphed.conv_in.weight[0, 0, 0, 0] = float("inf")
-    with pytest.warns(UserWarning, match="UNet runs without a graph: its result is not finite"):
-        assert not graphed.step(randn(1, 4, 8, 8).to(device), plan, 0).isfinite().all()
-    assert not graphed.graphs
+    for width in range(4, 4 * 12, 4):
+        context = pytest.warns(UserWarning, match="UNet runs without a graph: CUDA error: out of memory")
+        with context if len(tried) < graphs.MOST_FAILURES else nullcontext():
+            assert graphed.step(randn(1, 4, 4, width).to(device), plan, 0).isfinite().all()
+    assert len(tried) == graphs.MOST_FAILURES
+    assert not vars(copy.deepcopy(graphed))["failed"]
+    graphed.double()
+    assert "failed" not in vars(graphed)
+
+
+@torch.no_grad()
+def test_hooks_on_all_modules_are_called(device):
+    _, graphed = pair(device)
+    plan, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        for _ in range(2):
+            graphed.step(randn(1, 4, 8, 8).to(device), plan, 0)
+    finally:
+        hook.remove()
+    assert seen.count(graphed.conv_in) == 2 and not graphs.captured
 
 
 @on_cuda
@@ -214,6 +252,7 @@ def test_after_a_capture_that_fails_the_next_one_does_not():
         out = graphed.step(*given)
     assert relative_l2(out, plain.step(*given)) <= 1e-6 and torch.cuda.current_stream() == stream
     torch.cuda.empty_cache()  # an error, where PyTorch still takes itself to be capturing
+    assert torch.randn(1, device="cuda").isfinite().all()  # likewise
     for unet in (plain, graphed):
         unet.conv_norm_out = unet.conv_norm_out[0]
     x, *plan = randn(1, 4, 8, 16).cuda(), *given[1:]
@@ -229,19 +268,23 @@ def test_a_large_decoding_is_not_captured(device, monkeypatch):
         for _ in range(3):
             graphed.decode(randn(2, 4, 4, size).to(device))
         assert len(graphs.captured) == captures
+    assert "graphs" not in vars(graphed)  # what it held is free for the large one
 
 
 @torch.no_grad()
-def test_movq_is_captured_at_the_second_decoding_of_a_size(device):
+def test_movq_is_captured_at_the_second_decoding_of_a_size(device, monkeypatch):
     plain, graphed = (ours(MoVQ, small.reference_movq()).to(device) for _ in range(2))
     graphed.__class__ = GraphedMoVQ
-    earlier = None
-    for run, (h, captures) in enumerate([(4, 0), (4, 1), (4, 1), (6, 1), (4, 1), (4, 1), (6, 1), (6, 2)]):
+    earlier, replays, replay = None, [], graphs.Graph.replay
+    monkeypatch.setattr(graphs.Graph, "replay", lambda *args: replays.append(1) or replay(*args))
+    captures_by_run = [(4, 0), (4, 1), (4, 1), (6, 1), (4, 1), (4, 1), (6, 1), (6, 2)]
+    for run, (h, captures) in enumerate(captures_by_run):
         z = randn(2, 4, h, 5, seed=run).to(device)
         pixels = graphed.decode(z)
         assert relative_l2(pixels, plain.decode(z)) <= 1e-6 and len(graphs.captured) == captures
         assert earlier is None or torch.equal(*earlier)  # not overwritten
         earlier = pixels, pixels.clone()
+    assert len(replays) == 5  # also at a size that was captured before another was decoded
     twin = copy.deepcopy(graphed)
     assert not vars(twin)["graphs"] and relative_l2(twin.decode(z), pixels) <= 1e-6
     for network in (plain, graphed):

@@ -76,11 +76,15 @@ def test_optimized_networks_give_the_same_and_come_back_to_the_bit(kind):
     assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
 
 
-@needs_packing
+ALONE = [
+    pytest.param(kind, name, marks=[needs_packing] if name == "packed weights" else [])
+    for kind in CHANGES
+    for name in sorted(CHANGES[kind])
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "kind, rewrite", [(kind, name) for kind in CHANGES for name in sorted(CHANGES[kind])]
-)
+@pytest.mark.parametrize("kind, rewrite", ALONE)
 def test_each_rewrite_alone_gives_the_same(kind, rewrite):
     make, output = NETWORKS[kind]
     network = make(1)
@@ -88,6 +92,16 @@ def test_each_rewrite_alone_gives_the_same(kind, rewrite):
     (changed,) = optimize(network, (rewrite,)).items()
     assert changed[0] == rewrite and changed[1] > 0
     assert relative_l2(output(network), plain) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_rewrite_that_does_not_fit_changes_nothing():
+    """Another network's, another device's, or one of layers that another rewrite would have made."""
+    for kind, rewrite in (("prior", "row bands"), ("unet", "winograd"), ("movq", "cuda graph")):
+        make, output = NETWORKS[kind]
+        network = make(0)
+        plain = output(network)
+        assert optimize(network, (rewrite,)) == {rewrite: 0} and torch.equal(output(network), plain)
 
 
 @needs_packing
