@@ -35,9 +35,8 @@ from kandinsky.unet import Conditioning, Plan, UNet
 
 WARM_UP = 3  # runs before a capture, in which libraries choose their kernels
 LARGEST_DECODING = 2**15  # numbers in the latents: two pictures of 512 px
-
-
 MOST_FAILURES = 8  # of a network, after which nothing further is tried
+
 capturing = Lock()
 
 
@@ -244,8 +243,8 @@ def capture(compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, 
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 out = compute()
         except Exception as error:  # of many kinds, and the same is computed without
-            torch.cuda.set_stream(before)
             clean_up(stream, pool)
+            torch.cuda.set_stream(before)  # a capture that fails stays on its own
             raise NoGraph(one_line(error.__context__ or error)) from error
     return graph.replay, out, expected
 

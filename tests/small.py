@@ -27,6 +27,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from kandinsky.checkpoint import skeleton
 from kandinsky.config import read_config
 from kandinsky.random_weights import write_multilingual_tokenizer, write_tokenizer
 from tests.helpers import randomize
@@ -115,7 +116,7 @@ def ours(network: type, reference: torch.nn.Module) -> torch.nn.Module:
     """Our network with the reference's config and weights; every name and shape must fit."""
     holder = reference if hasattr(reference, "to_json_string") else reference.config
     config = read_config(network.config_class, json.loads(holder.to_json_string()))
-    with torch.device("meta"):
+    with skeleton():
         model = network(config)
     weights = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     model.load_state_dict(weights, strict=True, assign=True)
