@@ -31,6 +31,7 @@ _DIFFUSERS_NAMES = {
     "prior_callback_on_step_end": "embed(on_step=), then embeds=",
     "return_dict": "nothing: images are returned as a list or a tensor",
     "torch_dtype": "dtype=",
+    "subfolder": "the network's own folder, as FOLDER/unet",
     "variant": "dtype=: the official files exist in one form only, and are cast when read",
     "prior_latents": "embed(latents=), then embeds=",
     "num_steps": "num_inference_steps=",
@@ -59,11 +60,16 @@ def public(method: Callable) -> Callable:
         try:
             return method(*args, **kwargs)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or _SAYS_NO_MEMORY.search(str(error)):
+            if lacks_memory(error):
                 raise MemoryError(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error
             raise
 
     return checked
+
+
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether it says that a device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(_SAYS_NO_MEMORY.search(str(error)))
 
 
 def folder(path: Any, what: str) -> Path:
@@ -73,13 +79,19 @@ def folder(path: Any, what: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     text = str(path)
-    if text.count("/") == 1 and "kandinsky" in text.lower():
+    if is_hub_id(path):
         model = "2.1" if re.search("2[-.]1", text) else "2.2"
         raise ValueError(
             f"{what}: {text!r} looks like a hub id and is no local folder; nothing is downloaded here: run "
             f"`python scripts/download_weights.py {model}` and pass the folder it fills"
         )
     raise ValueError(f"{what}: no folder at {text!r}")
+
+
+def is_hub_id(path: Any) -> bool:
+    """Whether it looks like a repository's name, and not like a path."""
+    text = str(path)
+    return text.count("/") == 1 and "kandinsky" in text.lower() and not Path(text).parent.is_dir()
 
 
 def device(value: Any) -> torch.device:

@@ -106,19 +106,36 @@ def _how_to_convert(path: Path) -> str:
     return f"`scripts/download_weights.py --convert {path}` makes a safetensors file of it"
 
 
+def _shards(index: Path) -> list[Path]:
+    """The files that a network's index names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
+    outside = sorted(f for f in set(shards.values()) if Path(f).name != f)
+    if outside:
+        raise CheckpointError(f"{index} points outside its folder: {', '.join(outside)}")
+    return [index.parent / shard for shard in sorted(set(shards.values()))]
+
+
+def _remove_pieces(folder: Path, name: str) -> None:
+    """Of a network that was saved there in several files, which diffusers would go on to read."""
+    index = folder / f"{name}.index.json"
+    if index.exists():
+        for path in (*_shards(index), index):
+            if path.name != name:
+                path.unlink(missing_ok=True)
+
+
 def weight_files(folder: Path, name: str) -> list[Path]:
     """The safetensors files of a network: `name`, or the shards that `name`.index.json lists."""
     single, index = folder / name, folder / f"{name}.index.json"
+    if single.exists() and index.exists():
+        both = f"{folder} holds {name} and {index.name}: two sets of weights"
+        raise CheckpointError(f"{both}; remove the one that is not meant")
     if single.exists():
         return [single]
     if index.exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not shards or not all(isinstance(f, str) for f in shards.values()):
-            raise CheckpointError(f"{index} has no weight_map of tensor names to file names")
-        outside = sorted(f for f in set(shards.values()) if Path(f).name != f)
-        if outside:
-            raise CheckpointError(f"{index} points outside its folder: {', '.join(outside)}")
-        return [folder / shard for shard in sorted(set(shards.values()))]
+        return _shards(index)
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")])
     if pickles:
         raise CheckpointError(
@@ -208,6 +225,8 @@ class Pretrained:
     def read_config(cls, folder: str | Path) -> Any:
         """The config of a folder in the published layout, without its weights."""
         path = Path(folder) / "config.json"
+        if arguments.is_hub_id(folder):
+            arguments.folder(folder, cls.__name__)  # which says so
         if not path.exists():
             raise CheckpointError(
                 f"{folder} is not a checkpoint folder of {cls.__name__}: no config.json in it"
@@ -215,6 +234,7 @@ class Pretrained:
         return read_config(cls.config_class, read_json(path), str(path))
 
     @classmethod
+    @arguments.public
     def from_pretrained(
         cls: type[Model],
         folder: str | Path,
@@ -272,6 +292,7 @@ class Pretrained:
             raise CheckpointError(f"this {what}; merge or remove what was added, then save")
         write_safetensors(self.state_dict(), Path(folder) / self.weights_name)
         write_json(self.config.published(), Path(folder) / "config.json")
+        _remove_pieces(Path(folder), self.weights_name)
 
     @property
     def device(self) -> torch.device:

@@ -405,6 +405,28 @@ def test_a_model_built_by_hand_can_be_saved_and_read(tmp_path):
     assert relative_l2(read(*arguments), model(*arguments)) <= 1e-5  # kernels depend on memory alignment
 
 
+def test_saving_over_shards_leaves_one_set_of_weights(tmp_path):
+    reference, other = reference_unet(), reference_unet(seed=1)
+    reference.save_pretrained(tmp_path / "unet", max_shard_size="200KB")
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    ours(UNet, other).save_pretrained(tmp_path / "unet")
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", WEIGHTS}
+    theirs = type(other).from_pretrained(tmp_path / "unet")
+    assert all(torch.equal(theirs.state_dict()[k], v) for k, v in other.state_dict().items())
+    (tmp_path / "unet" / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    assert f"holds {WEIGHTS} and {WEIGHTS}.index.json: two sets of weights" in refusal(tmp_path / "unet")
+
+
+def test_what_users_of_diffusers_write_gets_an_answer(folder):
+    with pytest.raises(TypeError, match="from_pretrained.. has no argument 'torch_dtype'; use dtype="):
+        UNet.from_pretrained(folder, torch_dtype=torch.float16)
+    with pytest.raises(TypeError, match="use the network's own folder, as FOLDER/unet"):
+        UNet.from_pretrained(folder.parent, subfolder="unet")
+    with pytest.raises(ValueError, match="looks like a hub id and is no local folder"):
+        UNet.from_pretrained("kandinsky-community/kandinsky-2-2-decoder")
+    assert "no config.json in it" in refusal(folder.parent / "kandinsky-2-2-decoder")  # a path
+
+
 def test_a_network_with_something_added_is_not_saved(tmp_path):
     unet = ours(UNet, reference_unet())
     unet.mid_block.extra = torch.nn.Linear(2, 2)
