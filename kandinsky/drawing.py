@@ -103,6 +103,17 @@ def beside_embeds(pipe: Kandinsky, call: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": "", "negative_prompt": call["negative_prompt"]} if pipe.unet_config.text else {}
 
 
+def check_decoder(pipe: Kandinsky, call: dict[str, Any]) -> None:
+    """What the decoder will be asked, before weights are read for what it is to show."""
+    pipe._check_task("text2img", None)
+    pipe._timesteps(pipe.scheduler, call["num_inference_steps"], "num_inference_steps")
+    pipe._size(call["height"], call["width"])
+    arguments.interval(call["guidance_interval"], "guidance_interval")
+    arguments.whole(call["cache_every"], "cache_every")
+    arguments.number(call["guidance_scale"], "guidance_scale")
+    pipe.check_files("unet", "movq")
+
+
 def draw(
     task: str, call: dict[str, Any], args: Namespace, settings: dict | None, names: tuple[str, str], run: Run
 ) -> list[Path]:

@@ -164,7 +164,7 @@ class Embedding(Parts):
         """
         items, weights = self._mixture(images_and_prompts, weights)
         texts = [item for item in items if isinstance(item, str)]
-        negative = arguments.text(negative_prompt or "", "negative_prompt")
+        negative = arguments.text("" if negative_prompt is None else negative_prompt, "negative_prompt")
         away = negative_prior_prompt
         away = away if away is None else arguments.text(away, "negative_prior_prompt")
         runs = [PriorRun(text, 0) for text in texts]
@@ -173,6 +173,7 @@ class Embedding(Parts):
         runs += away_runs
         count = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         watch = self._watch(on_step, progress)
+        self._check_prior_numbers(num_inference_steps, guidance_scale)
         self.seeds = arguments.seeds(seed, count)
         pictures = [item for item in items if not isinstance(item, str) and item.ndim == 3]
         needed = ["text_encoder", "prior"] if runs else []
@@ -273,6 +274,12 @@ class Embedding(Parts):
         return timesteps, arguments.number(scale, f"{prefix}guidance_scale")
 
     @staticmethod
+    def _check_prior_numbers(num_steps: Any, scale: Any, prefix: str = "") -> None:
+        """Where no prior runs, or none is there."""
+        arguments.whole(num_steps, f"{prefix}num_inference_steps")
+        arguments.number(scale, f"{prefix}guidance_scale")
+
+    @staticmethod
     def _timesteps(scheduler: Any, num_steps: Any, name: str) -> Timesteps:
         return scheduler.timesteps(arguments.whole(num_steps, name, 1, scheduler.num_train_steps))
 
@@ -303,7 +310,9 @@ class Embedding(Parts):
         with self.using("image_encoder") as image_encoder:
             size = image_encoder.config.image_size
             pixels = [images.clip_pixels(images.to_pil(x[None])[0], size) for x in pictures]
-            return image_encoder(torch.stack(pixels).to(self.device))
+            embeds = image_encoder(torch.stack(pixels).to(self.device))
+        self._check_finite(embeds, "the picture's embedding")
+        return embeds
 
     def _embed_rows(self, items: list[Tensor]) -> Tensor:
         """Pictures (3, h, w) and embeddings (1, d) -> (b, d); the pictures go through the tower together."""

@@ -20,6 +20,9 @@ from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
 from kandinsky.scheduler_files import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
 from kandinsky.unet import UNet
 
+# which part reads what they make
+TOKENIZERS = {"text_encoder": "tokenizer", "decoder_text_encoder": "decoder_tokenizer"}
+
 
 class Part:
     """A network that is read from its subfolder when first used.
@@ -50,6 +53,8 @@ class Part:
             parts._loaded.pop(self.name, None)
             parts._replaced.discard(self.name)
             return
+        if hasattr(network, "_orig_mod"):
+            raise TypeError(f"{self.name} is compiled; pipe.optimize(compile=True) compiles it in its place")
         arguments.instance(network, self.name, (self.network,))
         here, there = parts.device, network.device
         if here.type != there.type or arguments.index_of(here) != arguments.index_of(there):
@@ -227,16 +232,21 @@ class Parts:
             change(self._loaded[name])
 
     def check_files(self, *names: str) -> None:
-        """Raises a CheckpointError now for a network that could not be read later; reads headers only."""
+        """Raises a CheckpointError now for a network that could not be read later; reads headers only, and
+        the tokenizer of a text encoder."""
         for name in names:
             if name not in self._loaded:
                 part = getattr(Parts, name)
                 part.network.check_pretrained(part.folder(self))
+            if name in TOKENIZERS:
+                getattr(self, TOKENIZERS[name])
 
     def check_zero_image(self) -> None:
         """The same for the zero image's embedding: stored, or an image tower to compute it with."""
         if "zero_image_embeds" not in self._constants and self._zero_image_file() is None:
             self.check_files("image_encoder")
+        else:
+            _ = self.zero_image_embeds
 
     def need_prior(self) -> Path:
         """The prior's folder, or an error that says how to give one."""
@@ -270,8 +280,12 @@ class Parts:
         file = open_safetensors(path)
         if list(file.keys()) != ["zero_image_embeds"]:
             raise CheckpointError(f"{path} does not hold zero_image_embeds alone")
-        embeds = file.get_tensor("zero_image_embeds")
-        return arguments.embeddings(embeds, self.unet_config.image_dim, str(path))
+        embeds = arguments.embeddings(
+            file.get_tensor("zero_image_embeds"), self.unet_config.image_dim, str(path)
+        )
+        if len(embeds) != 1:
+            raise CheckpointError(f"{path} holds {len(embeds)} embeddings; it is one that is needed")
+        return embeds
 
 
 @torch.no_grad()

@@ -166,6 +166,7 @@ class Kandinsky(Requests):
         feather_mask: int = 0,
         embeds: ImageEmbeds | None = None,
         negative_prompt: str | list[str] | None = None,
+        hint: None = None,
         latents: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -193,10 +194,11 @@ class Kandinsky(Requests):
             grow_mask: pixels, up to 4096, by which the repainted region grows. It also makes scratches count
                 that are thinner than f pixels, which the U-Net otherwise may not see.
             feather_mask: pixels, likewise, over which the repainted region fades in, inside the mask.
+            hint: none: no checkpoint inpaints with one.
             height, width: pixels, to which picture and mask are resized; None: the picture's own.
             Others as in `text2img`.
         """
-        self._check_task("inpaint", None)
+        self._check_task("inpaint", hint)
         scheduler = self._sampler(sampler)
         timesteps = self._timesteps(scheduler, num_inference_steps, "num_inference_steps")
         pictures, repaint = images.pictures(image), masks.masks(mask_image)
@@ -244,6 +246,7 @@ class Kandinsky(Requests):
 
         return optimize.optimize_pipeline(self, rewrites, compile)
 
+    @arguments.public
     def restore(self) -> None:
         """Undoes `optimize`, to the last bit."""
         from kandinsky import optimize

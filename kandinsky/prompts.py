@@ -63,8 +63,7 @@ class PromptTokenizer:
             pad = engine.token_to_id(special["pad_token"].content)
             return cls(engine, pad, settings.get("model_max_length") or LONGEST)
         except Exception as error:  # neither library raises anything finer
-            message = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(f"{folder} holds no readable tokenizer ({message})") from None
+            raise _unreadable(folder, error) from None
 
     @classmethod
     def from_transformers(cls, tokenizer: Any) -> "PromptTokenizer":
@@ -108,6 +107,11 @@ class PromptTokenizer:
         n = int(lengths.max())
         ids = torch.tensor([[*ids, *[self.pad] * (n - len(ids))] for ids in rows])
         return ids, torch.arange(n) < lengths[:, None]
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    message = " ".join(f"{type(error).__name__}: {error}".split())
+    return CheckpointError(f"{folder} holds no readable tokenizer ({message})")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -165,7 +169,10 @@ class MultilingualTokenizer:
             raise CheckpointError(f"no such file: {folder / 'tokenizer.json'}")
         from transformers import XLMRobertaTokenizerFast
 
-        return cls(XLMRobertaTokenizerFast.from_pretrained(folder, local_files_only=True))
+        try:
+            return cls(XLMRobertaTokenizerFast.from_pretrained(folder, local_files_only=True))
+        except Exception as error:
+            raise _unreadable(folder, error) from None
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Prompts -> ids (b, 77); padding is id 1. What does not fit is cut, and a UserWarning shows it."""

@@ -82,7 +82,11 @@ class Requests(Embedding):
         full_size, latent_shape = self._full_size(size)
         latents = arguments.noise(latents, ((num_images, *latent_shape),))
         self.seeds = arguments.seeds(seed, num_images)
-        prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_") if words.texts else None
+        prior_settings = None
+        if words.texts:
+            prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_")
+        else:
+            self._check_prior_numbers(prior_num_steps, prior_scale, "prior_")
         self._check_weights(words, guidance_scale, output_type != "latent" or "pictures" in lists)
         return Request(
             words=words,
@@ -121,7 +125,13 @@ class Requests(Embedding):
         return (height, width), (self.unet_config.latent_channels, height // f, width // f)
 
     def _check_weights(self, words: Words, guidance_scale: float, needs_movq: bool) -> None:
-        """The files of all networks that will be read, and the zero image where it is led away from."""
+        """The files of all networks that will be read, whether they go together, and the zero image where it
+        is led away from."""
+        made, read = self.unet_config.latent_channels, self.movq_config.latent_channels
+        if needs_movq and made != read:
+            raise CheckpointError(
+                f"{self.decoder_folder}: the U-Net's latents have {made} channels, MoVQ's {read}"
+            )
         needed = (["text_encoder", "prior"] if words.texts else []) + ["unet"] + ["movq"] * needs_movq
         self.check_files(*needed, *(["decoder_text_encoder"] if words.decoder_texts else []))
         negatives = words.negatives if words.texts else words.embeds.negative_image_embeds
@@ -135,7 +145,13 @@ class Requests(Embedding):
         if inpaints != (task == "inpaint"):
             own = "for inpainting" if inpaints else "not for inpainting"
             needed = family + ("" if inpaints else "-inpaint")
+            if inpaints and hint is not None:
+                needed = "kandinsky-2-2-controlnet-depth"
+            if name.name.startswith("mini-"):
+                needed = needed.replace("kandinsky-2-2", "mini")
             raise CheckpointError(f"{name} is {own}; use {needed} for {task}")
+        if task == "inpaint" and hint is not None:
+            raise CheckpointError("no checkpoint takes a hint for inpainting; leave hint out")
         if config.hint and hint is None:
             raise CheckpointError(
                 f"{name} needs a hint; pass hint= (--hint), or use kandinsky-2-2-decoder for {task}"

@@ -93,6 +93,7 @@ def main(argv=None) -> int:
     frames = []
 
     def run(pipe, call, inputs):
+        drawing.check_decoder(pipe, call)
         if call["frames"] is None:
             return draw_mixture(pipe, call, inputs)
         frames.extend(draw_frames(pipe, call, inputs))

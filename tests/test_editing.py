@@ -570,6 +570,13 @@ def test_each_checkpoint_does_its_tasks_and_names_the_one_for_others(pipe, inpai
     cases = [
         (pipe, "inpaint", GOOD, "is not for inpainting; use kandinsky-2-2-decoder-inpaint for inpaint"),
         (hinted, "inpaint", GOOD, "is not for inpainting; use kandinsky-2-2-decoder-inpaint for inpaint"),
+        (inpainter, "inpaint", GOOD | {"hint": GOOD["image"]}, "no checkpoint takes a hint for inpainting"),
+        (
+            inpainter,
+            "text2img",
+            {"hint": GOOD["image"]},
+            "is for inpainting; use kandinsky-2-2-controlnet-depth",
+        ),
         (inpainter, "img2img", {"image": GOOD["image"]}, "is for inpainting; use kandinsky-2-2-decoder for"),
         (inpainter, "text2img", {}, "is for inpainting; use kandinsky-2-2-decoder for text2img"),
         (

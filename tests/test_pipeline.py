@@ -1,9 +1,11 @@
 """`embed` and `text2img` against diffusers' pipelines from the same seed, and what only ours does."""
 
 import itertools
+import json
 import random
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPImageProcessor,
@@ -28,7 +31,7 @@ from transformers import (
 )
 
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, schedulers
-from kandinsky.config import PriorConfig
+from kandinsky.config import MoVQConfig, PriorConfig, read_config
 from kandinsky.movq import MoVQ
 from kandinsky.parts import compute_zero_image_embeds
 from kandinsky.prior import Prior
@@ -775,6 +778,55 @@ def test_a_prior_of_another_width_is_refused(tmp_path, pipe):
     embeds = ImageEmbeds(torch.zeros(1, EMBEDDING_DIM + 8))
     with pytest.raises(ValueError, match=r"this checkpoint needs \(b, 32\)"):
         pipe.text2img(embeds=embeds)
+
+
+def test_files_that_do_not_go_together_are_refused_before_weights_are_read(decoder_folder, tmp_path):
+    for repository in (decoder_folder, decoder_folder.parent / "kandinsky-2-2-prior"):
+        shutil.copytree(repository, tmp_path / repository.name)
+    decoder, prior = tmp_path / decoder_folder.name, tmp_path / "kandinsky-2-2-prior"
+
+    def refused(message: str) -> None:
+        pipe = Kandinsky.from_pretrained(decoder)
+        with pytest.raises(ValueError, match=message):
+            pipe.img2img(PROMPT, image=np.zeros((16, 16, 3)), num_inference_steps=1)
+        assert not pipe._loaded
+
+    for embeds, message in ((randn(2, EMBEDDING_DIM), "holds 2 embeddings"), (randn(1, 3), r"is \(1, 3\)")):
+        save_file({"zero_image_embeds": embeds}, prior / "zero_image_embeds.safetensors")
+        refused(message)
+    (prior / "zero_image_embeds.safetensors").write_bytes(b"half a file")
+    refused("is not a whole safetensors file")
+    (prior / "zero_image_embeds.safetensors").unlink()
+    settings = json.loads((decoder / "movq" / "config.json").read_text())
+    pipe = Kandinsky.from_pretrained(decoder)
+    pipe.movq = MoVQ(replace(read_config(MoVQConfig, settings), latent_channels=3))
+    with pytest.raises(CheckpointError, match="the U-Net's latents have 4 channels, MoVQ's 3"):
+        pipe.text2img(PROMPT)
+    shutil.rmtree(prior / "tokenizer")
+    refused("no such file: .*vocab.json")
+
+
+def test_a_picture_whose_embedding_is_not_finite_stops_there(pipe):
+    with torch.no_grad():
+        pipe.image_encoder.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="the picture's embedding is not finite"):
+        pipe.embed_image(np.zeros((16, 16, 3)))
+
+
+def test_a_compiled_network_names_the_way_to_have_it(pipe):
+    with pytest.raises(TypeError, match=r"unet is compiled; pipe.optimize\(compile=True\)"):
+        pipe.unet = torch.compile(pipe.unet)
+
+
+def test_numbers_of_a_prior_that_does_not_run_are_checked_too(pipe):
+    embeds = ImageEmbeds(randn(1, EMBEDDING_DIM), randn(1, EMBEDDING_DIM))
+    for wrong in ({"prior_num_inference_steps": 0}, {"prior_guidance_scale": "x"}):
+        with pytest.raises((ValueError, TypeError), match="prior_"):
+            pipe.text2img(embeds=embeds, **wrong)
+    for wrong in ({"num_inference_steps": 0}, {"guidance_scale": None}, {"negative_prompt": 0}):
+        with pytest.raises((ValueError, TypeError), match=next(iter(wrong))):
+            pipe.mix([randn(EMBEDDING_DIM)], [1.0], **wrong)
+    assert not pipe._loaded
 
 
 def test_non_finite_results_stop_the_run(pipe):
