@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from kandinsky import arguments
+
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 DTYPES = ("float32", "bfloat16", "float16")
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
@@ -49,6 +51,12 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Se
                 return main(argv)
         except EXPECTED_ERRORS as error:
             _say(" ".join(str(error).split()) or type(error).__name__)
+            return 2
+        except RuntimeError as error:
+            if not arguments.lacks_memory(error):
+                raise
+            may_do = "a smaller batch or size, half precision, or another device may do"
+            _say(f"out of memory; {may_do} ({' '.join(str(error).split())})")
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

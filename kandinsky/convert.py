@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kandinsky.checkpoint import CheckpointError, read_json, skeleton, write_json, write_safetensors
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
-from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
+from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.unet import NUM_IMAGE_TOKENS, NUM_IMAGE_TOKENS_BESIDE_TEXT, UNet
@@ -29,7 +29,7 @@ Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 
 PUBLISHED_PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 HEAD_DIM = 64  # of every head in the released prior and decoder
-NETWORKS = (Prior, UNet, MoVQ, CLIPTextEncoder, CLIPImageEncoder)
+NETWORKS = (Prior, UNet, MoVQ, CLIPTextEncoder, CLIPImageEncoder, MultilingualCLIP)
 TEXT_IMAGE = {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj"}  # 2.1's decoder
 
 # Attention with all heads in one matrix: the rows of a head stand together, and in them those of each part.

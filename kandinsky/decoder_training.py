@@ -140,9 +140,8 @@ class DecoderObjective(Objective):
         entrance = {name: batch[name] for name in ("hint", "known") if name in batch}
         for name in DECODER_TEXTS & batch.keys():
             texts, empty = batch[name], self.cache[f"empty_{name}"].float().to(x0.device)
-            entrance[name.removeprefix("decoder_")] = torch.where(
-                dropped.view(-1, *[1] * (texts.ndim - 1)), empty, texts
-            )
+            dropped_rows = dropped.reshape(-1, *[1] * (texts.ndim - 1))
+            entrance[name.removeprefix("decoder_")] = torch.where(dropped_rows, empty, texts)
         error, bound = decoder_loss(self.unet, self.scheduler, x0, noise, t, image_embeds, **entrance)
         return error + self.bound * bound, {"error": error.detach(), "bound": bound.detach()}
 

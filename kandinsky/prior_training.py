@@ -126,7 +126,7 @@ class PriorObjective(Objective):
         led = own["rows"].nonzero()[:, 0]
         if len(led) == 0:
             return noise
-        (k, d), b = noise.shape[1:], len(led)
+        k, b = noise.shape[1], len(led)
         rows = torch.arange(b * k, device=t.device) // k
         empty = self._read({name: x.to(t.device) for name, x in self.cache.empty_text.items()})
         uncond = self.prior.prefill(*(empty[name] for name in ("embeds", "states", "mask")))
@@ -140,7 +140,7 @@ class PriorObjective(Objective):
         after = t[led].flatten(), own["noise"][led].flatten(0, 1)
         made = own_noise(self.scheduler, clean, guess, x, earlier, *after)
         torch.clear_autocast_cache()  # weights cast without gradients would get none in the loss
-        return noise.index_copy(0, led, made.view(b, k, d))
+        return noise.index_copy(0, led, made.unflatten(0, (b, k)))
 
     def _text(self, batch: dict[str, Any], dropped: Tensor) -> dict[str, Tensor]:
         """What the prior reads, with the empty prompt in place of some."""

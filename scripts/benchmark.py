@@ -85,7 +85,8 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, default=50, help="of the decoder, for start and pictures")
     parser.add_argument("--prior-steps", type=int, default=25, help="for start and pictures")
     parser.add_argument(
-        "--weights", type=Path, default=DECODER, help="decoder folder, for start, pictures and cuda"
+        "--weights",
+        help="2.2, 2.1 or a decoder folder, for start, pictures and cuda; default: the embedded one",
     )
     parser.add_argument(
         "--num-images", type=int, nargs="+", default=[1], help="pictures at once, for pictures"
@@ -120,6 +121,7 @@ def parse_args(argv=None):
     if args.what == "cuda" and (args.pixels or args.quick or args.parts != list(PARTS)):
         parser.error("cuda takes none of --pixels, --parts and --quick; it does all that it has time for")
     args.device = arguments.device(args.device)
+    args.weights = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", DECODER.name)
     return args
 
 

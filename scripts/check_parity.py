@@ -467,9 +467,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--model", choices=tuple(random_weights.MODELS), default="2.2", help="whose random networks"
     )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FOLDER", help="a decoder folder in place of random networks"
-    )
+    parser.add_argument("--weights", help="2.2, 2.1 or a decoder folder, in place of random networks")
     parser.add_argument("--prior", type=Path, metavar="FOLDER", help="default: the one that belongs to it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps …")
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights")
@@ -487,7 +485,8 @@ def settings_of(args: Any) -> Settings:
     pixels = None if args.pixels is None else arguments.whole(args.pixels, "--pixels")
     settings = Settings(args.size, device, dtype, pixels, arguments.whole(args.seeds, "--seeds"), args.model)
     if args.weights is not None:
-        pipe = Kandinsky.from_pretrained(args.weights, args.prior)
+        decoder = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", "mini-decoder")
+        pipe = Kandinsky.from_pretrained(decoder, args.prior)
         settings.decoder, settings.prior = pipe.decoder_folder, pipe.prior_folder
         settings.model = "2.1" if pipe.unet_config.text else "2.2"
         settings.size = "released" if pipe.unet_config.block_out_channels[0] == 384 else "small"

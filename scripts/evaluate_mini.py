@@ -39,7 +39,7 @@ SEED = 1_000_003  # of the shapes; training uses small ones
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
     parser.add_argument("--task", choices=tuple(DECODERS), default="text2img", help="see above")
-    parser.add_argument("--weights", type=Path, help="decoder folder; default: the task's embedded one")
+    parser.add_argument("--weights", help="2.2, 2.1 or a decoder folder; default: the task's embedded one")
     parser.add_argument(
         "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
     )
@@ -60,7 +60,8 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")
     parser.add_argument("--out", type=Path, help="JSON file for the figures; the grid goes beside it")
     args = parser.parse_args(argv)
-    args.weights = args.weights or cli.WEIGHTS / DECODERS[args.task]
+    embedded = DECODERS[args.task]
+    args.weights = cli.decoder_folder(args.weights, embedded.replace("mini", "kandinsky-2-2"), embedded)
     return args
 
 

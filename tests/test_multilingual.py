@@ -8,6 +8,7 @@ import torch
 
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.config import MultilingualConfig, read_config
+from kandinsky.convert import convert
 from kandinsky.encoders import MultilingualCLIP
 from kandinsky.inspection import attention_maps
 from kandinsky.optimize import optimize, restore
@@ -105,3 +106,21 @@ def test_prompts_in_any_script_are_cut_and_padded_to_77(tmp_path):
     assert long.shape == (1, 77) and long[0, -1] == 2
     with pytest.raises(CheckpointError, match="no such file"):
         MultilingualTokenizer.from_pretrained(tmp_path)
+
+
+def test_a_broken_tokenizer_is_one_line(tmp_path):
+    folder = write_multilingual_tokenizer(tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="holds no readable tokenizer") as error:
+        MultilingualTokenizer.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_published_pickle_of_the_tower_is_converted(tmp_path):
+    reference = reference_multilingual()
+    reference.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
+    convert(tmp_path / "pytorch_model.bin")
+    tower, weights = MultilingualCLIP.from_pretrained(tmp_path), reference.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in tower.state_dict().items())

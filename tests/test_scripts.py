@@ -102,6 +102,31 @@ def test_errors_are_one_line_with_exit_code_2(decoder_folder, tmp_path, monkeypa
     assert message in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", ["text2img", "mix"])
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--height", "0"], ["--cache-every", "0"]])
+def test_the_decoders_flags_are_checked_before_a_picture_is_embedded(
+    decoder_folder, tmp_path, monkeypatch, capsys, script, wrong
+):
+    monkeypatch.setattr(Kandinsky, "embed_image", lambda *_: 1 / 0)
+    monkeypatch.setattr(Kandinsky, "mix", lambda *_, **__: 1 / 0)
+    Image.new("RGB", (24, 24)).save(tmp_path / "cat.png")
+    given = ["--image", tmp_path / "cat.png", "--weights", decoder_folder, "--out", tmp_path / "out.png"]
+    assert run(script, *given, *wrong) == 2
+    assert " is 0; allowed is 1" in capsys.readouterr().err
+
+
+def test_a_lack_of_memory_is_one_line_in_every_script(capsys):
+    @cli.one_line_errors
+    def main(error):
+        raise error
+
+    assert main(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "out of memory; a smaller batch or size, half precision" in err
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(RuntimeError("a fault of ours"))
+
+
 def test_a_folder_as_the_pictures_name_is_refused_before_anything_is_drawn(tmp_path, capsys):
     (tmp_path / "out.png").mkdir()
     assert run("text2img", "cat", "--out", tmp_path / "out.png") == 2
@@ -170,7 +195,8 @@ def test_help_explains_every_flag(capsys, script, more):
 
 @pytest.mark.slow
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
-    code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules})); "
+    code += "assert 'kandinsky.optimize' not in sys.modules and kandinsky.optimize.optimize"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"transformers", "diffusers", "tokenizers", "huggingface_hub"} & set(done.stdout.split())
 
