@@ -11,7 +11,7 @@ from kandinsky.prior import Prior
 from kandinsky.sampling import ImageEmbeds, Step
 from kandinsky.unet import UNet
 
-_LATER = ("download", "inspection", "lora", "optimize", "shapes", "training")
+_LATER = ("download", "explain", "inspection", "lora", "optimize", "shapes", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

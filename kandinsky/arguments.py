@@ -47,8 +47,8 @@ _OUT_OF_MEMORY = (
 _SAYS_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|_ALLOC_FAILED|can't allocate memory")
 
 
-def public(method: Callable) -> Callable:
-    """For the pipeline's methods: foreign arguments and running out of memory get a message that helps."""
+def answers(method: Callable) -> Callable:
+    """Foreign arguments, as users of diffusers bring them, get a message that helps."""
     known = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
 
     @functools.wraps(method)
@@ -57,8 +57,19 @@ def public(method: Callable) -> Callable:
             if name not in known:
                 ours = _DIFFUSERS_NAMES.get(name, f"one of {', '.join(known)}")
                 raise TypeError(f"{method.__name__}() has no argument {name!r}; use {ours}")
+        return method(*args, **kwargs)
+
+    return checked
+
+
+def public(method: Callable) -> Callable:
+    """For the pipeline's methods: the same, and of running out of memory what to try."""
+    answering = answers(method)
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
         try:
-            return method(*args, **kwargs)
+            return answering(*args, **kwargs)
         except RuntimeError as error:
             if lacks_memory(error):
                 raise MemoryError(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error

@@ -117,17 +117,22 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / shard for shard in sorted(set(shards.values()))]
 
 
-def _remove_pieces(folder: Path, name: str) -> None:
+def remove_pieces(folder: Path, name: str) -> None:
     """Of a network that was saved there in several files, which diffusers would go on to read."""
     index = folder / f"{name}.index.json"
-    if index.exists():
-        for path in (*_shards(index), index):
-            if path.name != name:
-                path.unlink(missing_ok=True)
+    if not index.exists():
+        return
+    try:
+        shards = [path for path in _shards(index) if path.suffix == ".safetensors" and path.name != name]
+    except CheckpointError:
+        shards = []  # an index that names nothing
+    for path in (index, *shards):
+        path.unlink(missing_ok=True)
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a network: `name`, or the shards that `name`.index.json lists."""
+    """The safetensors files of a network: `name`, or the shards that `name`.index.json lists. Both are an
+    error: libraries differ in which they read."""
     single, index = folder / name, folder / f"{name}.index.json"
     if single.exists() and index.exists():
         both = f"{folder} holds {name} and {index.name}: two sets of weights"
@@ -234,7 +239,7 @@ class Pretrained:
         return read_config(cls.config_class, read_json(path), str(path))
 
     @classmethod
-    @arguments.public
+    @arguments.answers
     def from_pretrained(
         cls: type[Model],
         folder: str | Path,
@@ -292,7 +297,7 @@ class Pretrained:
             raise CheckpointError(f"this {what}; merge or remove what was added, then save")
         write_safetensors(self.state_dict(), Path(folder) / self.weights_name)
         write_json(self.config.published(), Path(folder) / "config.json")
-        _remove_pieces(Path(folder), self.weights_name)
+        remove_pieces(Path(folder), self.weights_name)
 
     @property
     def device(self) -> torch.device:

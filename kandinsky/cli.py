@@ -56,7 +56,7 @@ def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Se
             if not arguments.lacks_memory(error):
                 raise
             may_do = "a smaller batch or size, half precision, or another device may do"
-            _say(f"out of memory; {may_do} ({' '.join(str(error).split())})")
+            _say(f"out of memory; {may_do} ({str(error).splitlines()[0]})")
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)

@@ -17,7 +17,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from kandinsky.checkpoint import CheckpointError, read_json, skeleton, write_json, write_safetensors
+from kandinsky.checkpoint import (
+    CheckpointError,
+    read_json,
+    remove_pieces,
+    skeleton,
+    write_json,
+    write_safetensors,
+)
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
@@ -130,9 +137,12 @@ def convert(
     _check(tensors, expected_tensors(config, str(source)), str(path))
 
     target = folder / network.weights_name
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} is there already; give --overwrite, or another folder with --out")
+    index = target.with_name(f"{target.name}.index.json")
+    there = next((path for path in (target, index) if path.exists()), None)
+    if there and not overwrite:
+        raise CheckpointError(f"{there} is there already; give --overwrite, or another folder with --out")
     write_safetensors(_untied(tensors), target)
+    remove_pieces(folder, target.name)
     if source != configs[0]:
         write_json(config, configs[0])
     return target

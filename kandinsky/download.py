@@ -161,7 +161,7 @@ def store_zero_image_embeds(prior: Path, say: Say = print) -> None:
     say(f"{path}: computing it, once (reads the image tower in float32)")
     try:
         embeds = compute_zero_image_embeds(prior)
-    except RuntimeError as error:  # the CPU's lack of memory has no class of its own
+    except (RuntimeError, MemoryError) as error:  # the CPU's lack of memory has no class of its own
         raise MemoryError(
             f"{path} was not computed ({str(error).splitlines()[0]}); all files are downloaded, and the "
             "pipeline computes it when it is needed"

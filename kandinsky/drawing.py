@@ -12,6 +12,7 @@ from PIL import Image
 
 from kandinsky import arguments, cli, images, metadata
 from kandinsky.pipeline import Kandinsky
+from kandinsky.sampling import ImageEmbeds
 
 # what a call's repetition may be given beside --from-png: where things lie, never what was drawn
 _BESIDE_FROM_PNG = {"from_png", "image", "mask", "hint", "lora", "weights", "prior", "device", "low_memory"}
@@ -103,15 +104,22 @@ def beside_embeds(pipe: Kandinsky, call: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": "", "negative_prompt": call["negative_prompt"]} if pipe.unet_config.text else {}
 
 
-def check_decoder(pipe: Kandinsky, call: dict[str, Any]) -> None:
-    """What the decoder will be asked, before weights are read for what it is to show."""
-    pipe._check_task("text2img", None)
-    pipe._timesteps(pipe.scheduler, call["num_inference_steps"], "num_inference_steps")
-    pipe._size(call["height"], call["width"])
-    arguments.interval(call["guidance_interval"], "guidance_interval")
-    arguments.whole(call["cache_every"], "cache_every")
-    arguments.number(call["guidance_scale"], "guidance_scale")
-    pipe.check_files("unet", "movq")
+def check_decoder(
+    pipe: Kandinsky, call: dict[str, Any], hint: Any = None, has_negative: bool = False
+) -> None:
+    """What the decoder will be asked, before weights are read for what it is to show.
+
+    has_negative: whether the embeddings will have a negative half of their own.
+    """
+    pipe._check_task("text2img", hint)
+    pipe._timesteps(pipe._sampler(call["sampler"]), call["num_inference_steps"], "num_inference_steps")
+    words, one = beside_embeds(pipe, call), torch.zeros(1, pipe.unet_config.image_dim)
+    embeds = ImageEmbeds(one, one if has_negative else None)
+    prior = (call["prior_num_inference_steps"], call["prior_guidance_scale"])
+    asked = (words.get("prompt"), embeds, words.get("negative_prompt"), *prior)
+    shortcuts, size = (call["guidance_interval"], call["cache_every"]), (call["height"], call["width"])
+    rest = (call["num_images_per_prompt"], call["guidance_scale"], 0, "pil", None, False)
+    pipe._request(asked, size, shortcuts, None, *rest)
 
 
 def draw(

@@ -140,26 +140,22 @@ class Requests(Embedding):
 
     def _check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder
-        family = "kandinsky-2-1" if config.text else "kandinsky-2-2-decoder"
+        plain, hinted = "kandinsky-2-2-decoder", "kandinsky-2-2-controlnet-depth"
+        if name.name.startswith("mini-"):
+            plain, hinted = "mini-decoder", "mini-controlnet-depth"
+        family = "kandinsky-2-1" if config.text else plain
         inpaints = config.in_channels > config.latent_channels and not config.hint
-        if inpaints != (task == "inpaint"):
-            own = "for inpainting" if inpaints else "not for inpainting"
-            needed = family + ("" if inpaints else "-inpaint")
-            if inpaints and hint is not None:
-                needed = "kandinsky-2-2-controlnet-depth"
-            if name.name.startswith("mini-"):
-                needed = needed.replace("kandinsky-2-2", "mini")
-            raise CheckpointError(f"{name} is {own}; use {needed} for {task}")
+        if inpaints and task != "inpaint":
+            needed = family if hint is None else hinted
+            raise CheckpointError(f"{name} is for inpainting; use {needed} for {task}")
+        if task == "inpaint" and not inpaints:
+            raise CheckpointError(f"{name} is not for inpainting; use {family}-inpaint for {task}")
         if task == "inpaint" and hint is not None:
             raise CheckpointError("no checkpoint takes a hint for inpainting; leave hint out")
         if config.hint and hint is None:
-            raise CheckpointError(
-                f"{name} needs a hint; pass hint= (--hint), or use kandinsky-2-2-decoder for {task}"
-            )
+            raise CheckpointError(f"{name} needs a hint; pass hint= (--hint), or use {plain} for {task}")
         if hint is not None and not config.hint:
-            raise CheckpointError(
-                f"{name} takes no hint; use kandinsky-2-2-controlnet-depth for {task} with one"
-            )
+            raise CheckpointError(f"{name} takes no hint; use {hinted} for {task} with one")
 
     def _prompts_or_embeds(
         self, prompt: Any, embeds: Any, negative_prompt: Any

@@ -86,7 +86,7 @@ def parse_args(argv=None):
     parser.add_argument("--prior-steps", type=int, default=25, help="for start and pictures")
     parser.add_argument(
         "--weights",
-        help="2.2, 2.1 or a decoder folder, for start, pictures and cuda; default: the embedded one",
+        help="2.2 or a decoder folder, for start, pictures and cuda; default: the embedded one",
     )
     parser.add_argument(
         "--num-images", type=int, nargs="+", default=[1], help="pictures at once, for pictures"
@@ -121,7 +121,10 @@ def parse_args(argv=None):
     if args.what == "cuda" and (args.pixels or args.quick or args.parts != list(PARTS)):
         parser.error("cuda takes none of --pixels, --parts and --quick; it does all that it has time for")
     args.device = arguments.device(args.device)
-    args.weights = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", DECODER.name)
+    if args.weights == "2.1":
+        parser.error("--weights is 2.1; what is compared is 2.2's")
+    if args.what in ("start", "pictures", "cuda"):
+        args.weights = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", DECODER.name)
     return args
 
 

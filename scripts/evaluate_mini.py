@@ -39,7 +39,7 @@ SEED = 1_000_003  # of the shapes; training uses small ones
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
     parser.add_argument("--task", choices=tuple(DECODERS), default="text2img", help="see above")
-    parser.add_argument("--weights", help="2.2, 2.1 or a decoder folder; default: the task's embedded one")
+    parser.add_argument("--weights", help="2.2 or a decoder folder; default: the task's embedded one")
     parser.add_argument(
         "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
     )

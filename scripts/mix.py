@@ -93,7 +93,8 @@ def main(argv=None) -> int:
     frames = []
 
     def run(pipe, call, inputs):
-        drawing.check_decoder(pipe, call)
+        has_negative = bool(call["negative_prompt"]) or call["negative_prior_prompt"] is not None
+        drawing.check_decoder(pipe, call, has_negative=has_negative)
         if call["frames"] is None:
             return draw_mixture(pipe, call, inputs)
         frames.extend(draw_frames(pipe, call, inputs))

@@ -21,7 +21,7 @@ def vary(pipe, call, inputs):
     words = drawing.beside_embeds(pipe, call)
     if call["negative_prompt"] is not None and not words:
         raise ValueError("--negative-prompt goes with a prompt; variations of a picture take none")
-    drawing.check_decoder(pipe, call)
+    drawing.check_decoder(pipe, call, inputs.get("hint"))
     embeds = ImageEmbeds(pipe.embed_image(inputs.pop("image")))
     return pipe.text2img(embeds=embeds, **call | inputs | words, progress=True)
 

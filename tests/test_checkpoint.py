@@ -413,7 +413,11 @@ def test_saving_over_shards_leaves_one_set_of_weights(tmp_path):
     assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", WEIGHTS}
     theirs = type(other).from_pretrained(tmp_path / "unet")
     assert all(torch.equal(theirs.state_dict()[k], v) for k, v in other.state_dict().items())
-    (tmp_path / "unet" / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    index = tmp_path / "unet" / f"{WEIGHTS}.index.json"
+    index.write_text('{"weight_map": {"a": "config.json"}}')
+    ours(UNet, other).save_pretrained(tmp_path / "unet")
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", WEIGHTS}
+    index.write_text('{"weight_map": {"a": "b.safetensors"}}')
     assert f"holds {WEIGHTS} and {WEIGHTS}.index.json: two sets of weights" in refusal(tmp_path / "unet")
 
 

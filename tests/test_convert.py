@@ -84,6 +84,17 @@ def test_a_pickle_beside_its_config_becomes_a_safetensors_file_that_loads(name, 
     assert {file: file.read_bytes() for file in path.parent.iterdir() if file != target} == before
 
 
+def test_shards_beside_a_pickle_are_weights_that_are_there_already(tmp_path, capsys):
+    reference = reference_movq()
+    path = pickled(tmp_path / "movq", reference)
+    index = path.with_name("diffusion_pytorch_model.safetensors.index.json")
+    index.write_text('{"weight_map": {"a": "b.safetensors"}}')
+    assert run("download_weights", "--convert", path) == 2
+    assert f"{index} is there already; give --overwrite" in one_line(capsys)
+    assert run("download_weights", "--convert", path, "--overwrite") == 0 and not index.exists()
+    assert_same(MoVQ.from_pretrained(path.parent).state_dict(), reference.state_dict())
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_half_precision_stays_and_a_state_dict_may_be_wrapped(tmp_path, wrapped):
     reference = reference_movq().half()

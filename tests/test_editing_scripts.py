@@ -133,6 +133,7 @@ CASES = {
     "img2img": ["cat", "--image", "cat.png", "--strength", "0.6", "--dtype", "bfloat16"],
     "inpaint": ["cat", "--image", "cat.png", "--mask", "mask.png", "--feather-mask", "2", "--grow-mask", "1"],
     "hint": ["cat", "--hint", "depth.png", "--height", "16", "--width", "32"],
+    "hint variations": ["--image", "cat.png", "--hint", "depth.png", "--height", "16", "--width", "16"],
     "mix": ["cat", "dog", "--image", "cat.png", "--mix-weights", "0.5", "0.7", "-0.2", "--height", "16",
             "--width", "16", "--negative-prior-prompt", "bad"],
     "frames": ["cat", "dog", "--frames", "2", "--height", "16", "--width", "16"],
@@ -144,8 +145,8 @@ def test_a_picture_made_again_from_its_settings_has_the_same_bytes(
     case, decoder_folder, inpaint_folder, hint_folder, files, monkeypatch, capsys
 ):
     monkeypatch.chdir(files)
-    folder = {"inpaint": inpaint_folder, "hint": hint_folder}.get(case, decoder_folder)
-    script = {"variations": "text2img", "hint": "text2img", "frames": "mix"}.get(case, case)
+    folder = {"inpaint": inpaint_folder, "hint": hint_folder}.get(case.split()[0], decoder_folder)
+    script = {"variations": "text2img", "hint": "text2img", "frames": "mix"}.get(case.split()[0], case)
     count = [] if case == "frames" else ["--num-images", "3"]
     where = ["--weights", folder]
     assert run(script, *CASES[case], *where, *QUICK, *count, "--out", "first.png") == 0

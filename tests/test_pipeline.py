@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, schedulers
+from kandinsky.cli import WEIGHTS
 from kandinsky.config import MoVQConfig, PriorConfig, read_config
 from kandinsky.movq import MoVQ
 from kandinsky.parts import compute_zero_image_embeds
@@ -769,6 +770,17 @@ def test_a_checkpoint_of_another_task_names_the_one_to_use(tmp_path, channels, h
     pipe = Kandinsky.from_pretrained(write_checkpoints(tmp_path, in_channels=channels, hint=hint))
     with pytest.raises(CheckpointError, match=f"{message} use kandinsky-2-2-decoder for text2img"):
         pipe.text2img(PROMPT)
+
+
+def test_an_embedded_checkpoint_names_an_embedded_one():
+    for name, task, given, needed in (
+        ("mini-decoder-inpaint", "text2img", {}, "mini-decoder"),
+        ("mini-decoder", "inpaint", {}, "mini-decoder-inpaint"),
+        ("mini-decoder", "text2img", {"hint": torch.zeros(3, 8, 8)}, "mini-controlnet-depth"),
+        ("mini-controlnet-depth", "text2img", {}, "mini-decoder"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name} .*use {needed} for {task}"):
+            getattr(Kandinsky.from_pretrained(WEIGHTS / name), task)(PROMPT, **given)
 
 
 def test_a_prior_of_another_width_is_refused(tmp_path, pipe):

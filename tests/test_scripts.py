@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import kandinsky
 from kandinsky import Kandinsky, cli
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -103,19 +104,40 @@ def test_errors_are_one_line_with_exit_code_2(decoder_folder, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("script", ["text2img", "mix"])
-@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--height", "0"], ["--cache-every", "0"]])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--steps", "0"], "num_inference_steps is 0; allowed is 1"),
+        (["--height", "0"], "height is 0; allowed is 1"),
+        (["--cache-every", "0"], "cache_every is 0; allowed is 1"),
+        (["--prior-steps", "0"], "prior_num_inference_steps is 0; allowed is 1"),
+        (["--weights", "NO MOVQ"], "no such file"),
+        (["--weights", "INPAINT"], "is for inpainting; use kandinsky-2-2-decoder for text2img"),
+    ],
+)
 def test_the_decoders_flags_are_checked_before_a_picture_is_embedded(
-    decoder_folder, tmp_path, monkeypatch, capsys, script, wrong
+    decoder_folder, inpaint_folder, tmp_path, monkeypatch, capsys, script, wrong, message
 ):
+    without = tmp_path / decoder_folder.name
+    shutil.copytree(decoder_folder, without)
+    (without / "movq" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "kandinsky-2-2-prior").symlink_to(decoder_folder.parent / "kandinsky-2-2-prior")
+    wrong = [{"NO MOVQ": without, "INPAINT": inpaint_folder}.get(flag, flag) for flag in wrong]
     monkeypatch.setattr(Kandinsky, "embed_image", lambda *_: 1 / 0)
     monkeypatch.setattr(Kandinsky, "mix", lambda *_, **__: 1 / 0)
     Image.new("RGB", (24, 24)).save(tmp_path / "cat.png")
     given = ["--image", tmp_path / "cat.png", "--weights", decoder_folder, "--out", tmp_path / "out.png"]
     assert run(script, *given, *wrong) == 2
-    assert " is 0; allowed is 1" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_lack_of_memory_is_one_line_in_every_script(capsys):
+def test_rooms_of_the_second_ring_are_attributes_of_the_package():
+    assert all(getattr(kandinsky, name).__name__ == f"kandinsky.{name}" for name in kandinsky._LATER)
+    with pytest.raises(AttributeError, match="module 'kandinsky' has no attribute 'magic'"):
+        _ = kandinsky.magic
+
+
+def test_a_lack_of_memory_is_one_line(capsys):
     @cli.one_line_errors
     def main(error):
         raise error
