@@ -101,6 +101,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--budget", type=float, default=540, help="seconds after which cuda begins no more")
     args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+def check(parser: cli.OneLineParser, args) -> None:
+    """What goes together, and the defaults that depend on what is measured."""
     of_networks = args.what in ("parts", "ladder")
     if args.runs is None:
         args.runs = 2 if args.quick else 9 if args.what in ("import", "start", "mask") else 5
@@ -125,7 +131,6 @@ def parse_args(argv=None):
         parser.error("--weights is 2.1; what is compared is 2.2's")
     if args.what in ("start", "pictures", "cuda"):
         args.weights = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", DECODER.name)
-    return args
 
 
 def process(*command: str) -> Callable[[], tuple[float, float]]:
