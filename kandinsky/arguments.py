@@ -47,7 +47,7 @@ _OUT_OF_MEMORY = (
 _SAYS_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|_ALLOC_FAILED|can't allocate memory")
 
 
-def answers(method: Callable) -> Callable:
+def with_argument_help(method: Callable) -> Callable:
     """Foreign arguments, as users of diffusers bring them, get a message that helps."""
     known = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
 
@@ -64,12 +64,12 @@ def answers(method: Callable) -> Callable:
 
 def public(method: Callable) -> Callable:
     """For the pipeline's methods: the same, and of running out of memory what to try."""
-    answering = answers(method)
+    helped = with_argument_help(method)
 
     @functools.wraps(method)
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
-            return answering(*args, **kwargs)
+            return helped(*args, **kwargs)
         except RuntimeError as error:
             if lacks_memory(error):
                 raise MemoryError(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})") from error

@@ -239,7 +239,7 @@ class Pretrained:
         return read_config(cls.config_class, read_json(path), str(path))
 
     @classmethod
-    @arguments.answers
+    @arguments.with_argument_help
     def from_pretrained(
         cls: type[Model],
         folder: str | Path,

@@ -173,14 +173,16 @@ class Embedding(Parts):
         runs += away_runs
         count = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         watch = self._watch(on_step, progress)
-        self._check_prior_numbers(num_inference_steps, guidance_scale)
+        if runs:
+            settings = self._prior_settings(num_inference_steps, guidance_scale)
+        else:
+            self._check_prior_numbers(num_inference_steps, guidance_scale)
         self.seeds = arguments.seeds(seed, count)
         pictures = [item for item in items if not isinstance(item, str) and item.ndim == 3]
         needed = ["text_encoder", "prior"] if runs else []
         self.check_files(*needed, *(["image_encoder"] if pictures else []))
         made = []
         if runs:
-            settings = self._prior_settings(num_inference_steps, guidance_scale)
             made = self._run_mixture(runs, away, settings, watch, latents)
             if made is None:
                 return None

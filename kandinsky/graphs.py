@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as hooks_on_all
+from torch.nn.modules import module as torch_modules
 from torch.utils.weak import TensorWeakRef
 
 from kandinsky import movq as movqs
@@ -187,7 +187,7 @@ def dependencies(network: nn.Module, x: Tensor) -> list[Any] | None:
     CPU, with gradients or hooks, where PyTorch casts the weights for a while, or someone else captures."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
         return None
-    if hooks_on_all._global_forward_hooks or hooks_on_all._global_forward_pre_hooks:
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         return None
     if torch.cuda.is_current_stream_capturing():
         return None
