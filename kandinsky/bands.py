@@ -1,11 +1,12 @@
-"""MoVQ's largest maps in bands of rows: the same numbers, without a further map of that size at each turn.
+"""MoVQ's maps without a further one of their size at each turn: the same numbers, in less memory.
 
     mean and variance of each group ─ once, over the whole map
     rows r0-1 … r1 ─ norm, SiLU, 3×3 convolution ─ rows r0 … r1-1        band after band
 
-At 2048 px one map takes 2 to 4 GB, and norm, scale, shift and SiLU would each make another. Maps smaller than
-`LARGEST` go the usual way, which is faster. In bands the norms themselves are not called, and a convolution
-is called once for each band: hooks on these see that.
+At 2048 px one map takes 2 to 4 GB, and norm, scale, shift and SiLU would each make another. In bands the
+norms themselves are not called, and a convolution is called once for each band: hooks on these see that. Maps
+smaller than `LARGEST` go the usual way, which is faster, but that SiLU and the sum with the skip connection
+overwrite what they read: on a CPU the system takes longer to give new memory than either takes.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_modules
 
 from kandinsky import movq
 from kandinsky.packed import wants_gradient
@@ -24,8 +26,13 @@ BAND = 2**23
 
 class BandedResnetBlock(movq.ResnetBlock):
     def forward(self, x: Tensor, *zq: Tensor) -> Tensor:
-        if not is_large(x, self.conv2.out_channels) or wants_gradient(x, self.conv2.weight):
+        if wants_gradient(x, self.conv2.weight):
             return super().forward(x, *zq)
+        if not is_large(x, self.conv2.out_channels):
+            out = self.conv1(activated(self.norm1, x, *zq))
+            out = self.conv2(activated(self.norm2, out, *zq))
+            into = out if is_ours(out, self.conv2, x) else None
+            return torch.add(out, self.conv_shortcut(x), out=into)
         out = convolve_normed(self.norm1, self.conv1, x, *zq)
         out = convolve_normed(self.norm2, self.conv2, out, *zq)
         for rows in bands(x.shape[2], x.numel()):
@@ -35,9 +42,26 @@ class BandedResnetBlock(movq.ResnetBlock):
 
 class BandedDecoder(movq.Decoder):
     def read_out(self, x: Tensor, zq: Tensor) -> Tensor:
-        if not is_large(x) or wants_gradient(x, self.conv_out.weight):
+        if wants_gradient(x, self.conv_out.weight):
             return super().read_out(x, zq)
+        if not is_large(x):
+            return self.conv_out(activated(self.conv_norm_out, x, zq))
         return convolve_normed(self.conv_norm_out, self.conv_out, x, zq)
+
+
+def is_ours(out: Tensor, layer: nn.Module, x: Tensor) -> bool:
+    """Whether what a layer has made of x may be overwritten: no gradient will be asked of it, no hook has
+    seen it, and it is not x itself. The compiler has its own ways."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    is_seen = layer._forward_hooks or torch_modules._global_forward_hooks
+    return not is_seen and out.data_ptr() != x.data_ptr()
+
+
+def activated(norm: nn.Module, x: Tensor, *zq: Tensor) -> Tensor:
+    """F.silu(norm(x, *zq))"""
+    out = norm(x, *zq)
+    return F.silu(out, inplace=is_ours(out, norm, x))
 
 
 def is_large(x: Tensor, channels: int = 0) -> bool:

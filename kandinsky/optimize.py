@@ -65,7 +65,8 @@ class LowSpatialNorm(movq.SpatialNorm):
         normed = self.norm_layer(x)
         squares = rearrange(normed, "b c (h s) (w t) -> b c h s w t", h=h, w=w)
         scale, shift = (y[:, :, :, None, :, None] for y in (self.conv_y(zq), self.conv_b(zq)))
-        return rearrange(torch.addcmul(shift, squares, scale), "b c h s w t -> b c (h s) (w t)")
+        into = squares if bands.is_ours(normed, self.norm_layer, x) else None
+        return rearrange(torch.addcmul(shift, squares, scale, out=into), "b c h s w t -> b c (h s) (w t)")
 
 
 class ChunkedAttention:

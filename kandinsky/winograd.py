@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from kandinsky.packed import PackedConv2d, Shared, wants_gradient
 
-NARROWEST = 384  # input channels: with fewer, moving the tiles costs more than the multiplications saved
+NARROWEST = 192  # input channels: with fewer, moving the tiles costs more than the multiplications saved
 WIDEST = 768  # output channels: wider layers have the largest weights and meet the smallest maps
 FEWEST_TILES = 32  # with fewer, reading the larger weight costs more than the multiplications saved
-MOST_TILES = 2048  # at a time: 113 MB of 384 channels
+MOST_TILES = 192  # at a time: more than 32 MiB the system would have to give, and clear, anew each time
 
 _INPUT = [
     [4.0, 0, -5, 0, 1, 0],
@@ -66,23 +66,26 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """With padding 1; kernel: from `transform_kernel`. (b, c_in, h, w) -> (b, c_out, h, w)"""
     b, _, h, w = x.shape
     rows, columns = -(-h // 4), -(-w // 4)
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 4 * columns - w + 1, 1, 4 * rows - h + 1))
+    x, out = x.permute(0, 2, 3, 1), x.new_empty(b, rows, 4, columns, 4, kernel.shape[2])
     band = max(1, MOST_TILES // (b * columns))  # rows of tiles
-    bands = [_convolve_tiles(x[:, 4 * i : 4 * (i + band) + 2], kernel) for i in range(0, rows, band)]
-    out = bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
-    out = out[:, :h, :w]
-    return (out if bias is None else out + bias).permute(0, 3, 1, 2)
+    for first in range(0, rows, band):
+        last = min(first + band, rows)
+        pad = (1, 4 * columns + 1 - w, 1 if first == 0 else 0, max(4 * last + 1 - h, 0))
+        inputs = F.pad(x[:, max(4 * first - 1, 0) : 4 * last + 1], (0, 0, *pad))
+        torch.add(_convolve_tiles(inputs, kernel), 0 if bias is None else bias, out=out[:, first:last])
+    out = rearrange(out, "b y i x j o -> b (y i) (x j) o")
+    return out[:, :h, :w].permute(0, 3, 1, 2)
 
 
 def _convolve_tiles(x: Tensor, kernel: Tensor) -> Tensor:
-    """(b, 4·rows + 2, 4·columns + 2, c_in) -> (b, 4·rows, 4·columns, c_out)"""
-    b, h, w, c = x.shape
-    tiles = x.unfold(1, 6, 4).unfold(2, 6, 4)  # (b, rows, columns, c, 6, 6)
-    tiles = rearrange(tiles, "b y x c i j -> (i j) (b y x c)")
-    tiles = (TO_TILES.float() @ tiles).unflatten(1, (-1, c))
-    products = torch.bmm(tiles, kernel).flatten(1)
-    out = TO_OUTPUTS.float() @ products  # (16, tiles · c_out)
-    return rearrange(out, "(i j) (b y x o) -> b (y i) (x j) o", i=4, b=b, y=h // 4, x=w // 4)
+    """(b, 4·rows + 2, 4·columns + 2, c_in) -> (b, rows, 4, columns, 4, c_out)"""
+    tiles = x.unfold(1, 6, 4).unfold(2, 6, 4)  # (b, rows, columns, c_in, 6, 6)
+    b, rows, columns = tiles.shape[:3]
+    tiles = rearrange(tiles, "b y x c i j -> (b y x) (i j) c")
+    tiles = torch.bmm(TO_TILES.float().expand(len(tiles), -1, -1), tiles)
+    products = torch.bmm(tiles.transpose(0, 1), kernel)  # (36, tiles, c_out)
+    out = TO_OUTPUTS.float() @ products.flatten(1)
+    return rearrange(out, "(i j) (b y x o) -> b y i x j o", i=4, b=b, y=rows, x=columns)
 
 
 class WinogradConv2d(PackedConv2d):

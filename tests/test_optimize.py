@@ -423,6 +423,63 @@ def test_hooks_keep_working():
     assert len(seen) == 3 and set(seen) == set(layers)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_a_hook_has_seen_is_not_overwritten(everywhere):
+    movq, seen = NETWORKS["movq"][0](0), []
+    optimize(movq)
+    unseen = movq_output(movq)
+
+    def see(module, args, out):
+        seen.append((out, out.clone()))
+
+    if everywhere:
+        hooks = [nn.modules.module.register_module_forward_hook(see)]
+    else:
+        hooks = [module.register_forward_hook(see) for module in movq.modules()]
+    try:
+        assert torch.equal(movq_output(movq), unseen)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(seen) > 100 and all(torch.equal(now, then) for now, then in seen)
+
+
+@torch.no_grad()
+def test_a_norm_left_out_leaves_its_input_as_it_is():
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor, zq: torch.Tensor) -> torch.Tensor:
+            return x
+
+    movq = NETWORKS["movq"][0](0)
+    first, second = movq.decoder.mid_block.resnets
+    first.norm1.norm_layer, second.norm1 = nn.Identity(), Nothing()
+    plain = movq_output(movq)
+    optimize(movq, ("low spatial norm", "row bands"))
+    assert relative_l2(movq_output(movq), plain) <= 1e-5
+
+
+@torch.no_grad()
+def test_silu_and_the_sum_take_the_memory_of_what_they_read(monkeypatch):
+    movq, lie = NETWORKS["movq"][0](0), {"norm": [], "conv": [], "conv2 reads": []}
+    optimize(movq, ("low spatial norm", "row bands"))
+    block = movq.decoder.mid_block.resnets[0]
+
+    def noting(name, compute):
+        def computed(*args):
+            out = compute(*args)
+            lie[name].append(out.data_ptr())
+            return out
+
+        return computed
+
+    monkeypatch.setattr(nn.functional, "group_norm", noting("norm", nn.functional.group_norm))
+    monkeypatch.setattr(block.conv2, "_conv_forward", noting("conv", block.conv2._conv_forward))
+    block.conv2.register_forward_pre_hook(lambda module, args: lie["conv2 reads"].append(args[0].data_ptr()))
+    out = block(randn(1, block.conv1.in_channels, 4, 4), randn(1, 4, 2, 2))
+    assert lie["conv2 reads"] == lie["norm"][1:] and lie["conv"] == [out.data_ptr()]
+
+
 @needs_packing
 @torch.no_grad()
 def test_loras_go_on_and_come_off_an_optimized_network(tmp_path):
