@@ -1,12 +1,14 @@
-"""MoVQ's maps without a further one of their size at each turn: the same numbers, in less memory.
+"""MoVQ's largest maps in bands of rows: the same numbers, without a further map of that size at each turn.
 
     mean and variance of each group ─ once, over the whole map
     rows r0-1 … r1 ─ norm, SiLU, 3×3 convolution ─ rows r0 … r1-1        band after band
 
 At 2048 px one map takes 2 to 4 GB, and norm, scale, shift and SiLU would each make another. In bands the
-norms themselves are not called, and a convolution is called once for each band: hooks on these see that. Maps
-smaller than `LARGEST` go the usual way, which is faster, but that SiLU and the sum with the skip connection
-overwrite what they read: on a CPU the system takes longer to give new memory than either takes.
+norms themselves are not called, and a convolution is called once for each band: hooks on these see that.
+
+Maps smaller than `LARGEST` go the usual way, which is faster. There SiLU and the sum with the skip connection
+overwrite what they read, unless a hook has seen it: on a CPU new memory of more than 32 MiB costs more time
+than either, as the system clears it first.
 """
 
 from collections.abc import Iterator
@@ -26,13 +28,13 @@ BAND = 2**23
 
 class BandedResnetBlock(movq.ResnetBlock):
     def forward(self, x: Tensor, *zq: Tensor) -> Tensor:
-        if wants_gradient(x, self.conv2.weight):
-            return super().forward(x, *zq)
-        if not is_large(x, self.conv2.out_channels):
-            out = self.conv1(activated(self.norm1, x, *zq))
-            out = self.conv2(activated(self.norm2, out, *zq))
-            into = out if is_ours(out, self.conv2, x) else None
-            return torch.add(out, self.conv_shortcut(x), out=into)
+        if is_large(x, self.conv2.out_channels) and not wants_gradient(x, self.conv2.weight):
+            return self.banded(x, *zq)
+        out = self.conv1(activated(self.norm1, x, *zq))
+        out = self.conv2(activated(self.norm2, out, *zq))
+        return torch.add(out, self.conv_shortcut(x), out=memory_for(out, self.conv2))
+
+    def banded(self, x: Tensor, *zq: Tensor) -> Tensor:
         out = convolve_normed(self.norm1, self.conv1, x, *zq)
         out = convolve_normed(self.norm2, self.conv2, out, *zq)
         for rows in bands(x.shape[2], x.numel()):
@@ -42,26 +44,30 @@ class BandedResnetBlock(movq.ResnetBlock):
 
 class BandedDecoder(movq.Decoder):
     def read_out(self, x: Tensor, zq: Tensor) -> Tensor:
-        if wants_gradient(x, self.conv_out.weight):
-            return super().read_out(x, zq)
-        if not is_large(x):
-            return self.conv_out(activated(self.conv_norm_out, x, zq))
-        return convolve_normed(self.conv_norm_out, self.conv_out, x, zq)
+        if is_large(x) and not wants_gradient(x, self.conv_out.weight):
+            return convolve_normed(self.conv_norm_out, self.conv_out, x, zq)
+        return self.conv_out(activated(self.conv_norm_out, x, zq))
 
 
-def is_ours(out: Tensor, layer: nn.Module, x: Tensor) -> bool:
-    """Whether what a layer has made of x may be overwritten: no gradient will be asked of it, no hook has
-    seen it, and it is not x itself. The compiler has its own ways."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
+def may_overwrite(layer: nn.Module) -> bool:
+    """Whether what a layer has just returned is nobody else's: it is of a kind that makes new memory at each
+    call, no hook has seen it, and no gradient will be asked of it."""
     is_seen = layer._forward_hooks or torch_modules._global_forward_hooks
-    return not is_seen and out.data_ptr() != x.data_ptr()
+    makes_new = isinstance(layer, (nn.GroupNorm, movq.SpatialNorm, nn.Conv2d))
+    return makes_new and not is_seen and not torch.is_grad_enabled()
+
+
+def memory_for(out: Tensor, layer: nn.Module) -> Tensor | None:
+    """Where to write what is made of a layer's result `out`: over it, or into memory of the same order, so
+    that a hook changes no bit. None: wherever, for gradients."""
+    if torch.is_grad_enabled():
+        return None
+    return out if may_overwrite(layer) else torch.empty_like(out)
 
 
 def activated(norm: nn.Module, x: Tensor, *zq: Tensor) -> Tensor:
     """F.silu(norm(x, *zq))"""
-    out = norm(x, *zq)
-    return F.silu(out, inplace=is_ours(out, norm, x))
+    return F.silu(norm(x, *zq), inplace=may_overwrite(norm))
 
 
 def is_large(x: Tensor, channels: int = 0) -> bool:

@@ -12,9 +12,11 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
                         convolution's at its first call, and again when batch, height or width change
     merged upsampling   doubling by nearest neighbour and the 3×3 convolution behind it as one
                         (`kandinsky.upsampling`)
-    low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size
+    low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size;
+                        they overwrite the norm's result
     row bands           MoVQ's maps of more than 64 M numbers go through norm and convolution in bands
-                        (`kandinsky.bands`): no further map of that size for each norm
+                        (`kandinsky.bands`): no further map of that size for each norm; for smaller ones SiLU
+                        and the skip connection's sum overwrite what they read
     chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU), of layers with packed weights; their weights are kept twice, the second
@@ -65,7 +67,7 @@ class LowSpatialNorm(movq.SpatialNorm):
         normed = self.norm_layer(x)
         squares = rearrange(normed, "b c (h s) (w t) -> b c h s w t", h=h, w=w)
         scale, shift = (y[:, :, :, None, :, None] for y in (self.conv_y(zq), self.conv_b(zq)))
-        into = squares if bands.is_ours(normed, self.norm_layer, x) else None
+        into = bands.memory_for(squares, self.norm_layer)
         return rearrange(torch.addcmul(shift, squares, scale, out=into), "b c h s w t -> b c (h s) (w t)")
 
 
