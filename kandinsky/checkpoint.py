@@ -215,6 +215,15 @@ def skeleton() -> Iterator[None]:
         yield
 
 
+def _leave_out(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Takes attributes off a network, and says which."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        arguments.choice(name, "without", tuple(model._modules))
+        delattr(model, name)
+    return names
+
+
 # networks without memory that a check has made, one of a class and config, for the reading that follows: to
 # make one takes some 50 ms
 _checked: dict[tuple[type, str], nn.Module] = {}
@@ -225,6 +234,7 @@ class Pretrained:
 
     config_class: type
     weights_name = "diffusion_pytorch_model.safetensors"
+    left_out: tuple[str, ...] = ()  # attributes that this network was read without
 
     @classmethod
     def read_config(cls, folder: str | Path) -> Any:
@@ -246,6 +256,7 @@ class Pretrained:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         finite: bool = False,
+        without: tuple[str, ...] = (),
     ) -> Model:
         """Reads a network in the published layout, in eval mode.
 
@@ -253,13 +264,16 @@ class Pretrained:
             folder: holds `config.json` and the safetensors weights.
             dtype: of the weights in memory.
             finite: also check that no weight is NaN or infinite (reads every byte).
+            without: attributes that are left out, for a network that is called in part; their weights are
+                not read. `MoVQ.from_pretrained(folder, without=movq.TO_ENCODE)` only decodes.
 
         Raises:
             CheckpointError: the folder is not such a checkpoint, or its tensors do not fit its config.
-            ValueError: a dtype or device that cannot be used.
+            ValueError: a dtype or device that cannot be used, or no such attribute.
         """
         device, dtype = arguments.device(device), arguments.dtype(dtype)
         model, places = cls._find(folder, device)
+        model.left_out = _leave_out(model, without)
         # cast one by one: the file's and the wanted dtype are never both in memory as a whole
         tensors = {name: places[name].get_tensor(name).to(dtype) for name in model.state_dict()}
         model.load_state_dict(tensors, strict=True, assign=True)
@@ -287,8 +301,12 @@ class Pretrained:
         """Writes the published layout, which diffusers and transformers load; never half a file.
 
         Raises:
-            CheckpointError: something was added to the network, so that the file could not be read again.
+            CheckpointError: something was added to the network, or left out of it, so that the file could
+                not be read again.
         """
+        if self.left_out:
+            what = f"{type(self).__name__} was read without {', '.join(self.left_out)}"
+            raise CheckpointError(f"this {what}; read the whole network, then save")
         with skeleton():
             own = type(self)(self.config).state_dict()
         extra = [name for name in self.state_dict() if name not in own]

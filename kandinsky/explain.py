@@ -19,6 +19,7 @@ from kandinsky import arguments, images
 from kandinsky.embedding import ImageEmbeds
 from kandinsky.encoders import PADDING
 from kandinsky.inspection import attention_maps, record
+from kandinsky.movq import TO_ENCODE
 from kandinsky.pipeline import Kandinsky
 from kandinsky.sampling import Step
 from kandinsky.unet import NUM_IMAGE_TOKENS_BESIDE_TEXT
@@ -195,7 +196,7 @@ def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dic
         words = _decoder_tokens(pipe, call["prompt"])
         maps_of_words = shares[-1][:, NUM_IMAGE_TOKENS_BESIDE_TEXT:].T
         found.word_maps = [(word, _rows(share, estimates[-1])) for word, share in zip(words, maps_of_words)]
-    with pipe.using("movq") as movq:
+    with pipe.using("movq", without=TO_ENCODE) as movq:
         for index in chosen:
             pixels = images.to_unit_range(movq.decode(estimates[index]))
             pixels = images.crop_to(pixels, *reversed(found.picture.size))

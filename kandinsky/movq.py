@@ -258,6 +258,9 @@ class Quantizer(nn.Module):
         return rearrange(self.embedding(nearest), "b (h w) d -> b d h w", h=z.shape[2])
 
 
+TO_ENCODE = ("encoder", "quant_conv", "quantize")  # the attributes of MoVQ that decoding does without
+
+
 class MoVQ(nn.Module, Pretrained):
     """The whole autoencoder. Called as a whole it goes through the codebook, as in training."""
 

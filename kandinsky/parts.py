@@ -39,13 +39,19 @@ class Part:
     def __get__(self, parts: "Parts | None", owner: type) -> Any:
         if parts is None:
             return self
+        if getattr(parts._loaded.get(self.name), "left_out", ()):
+            del parts._loaded[self.name]  # read anew, as a whole
         if self.name not in parts._loaded:
-            where = {"dtype": parts.dtype, "device": parts.device}
-            network = self.network.from_pretrained(self.folder(parts), **where)
-            for change in parts.changes.get(self.name, []):
-                change(network)
-            parts._loaded[self.name] = network
+            self.read(parts)
         return parts._loaded[self.name]
+
+    def read(self, parts: "Parts", without: tuple[str, ...] = ()) -> None:
+        """without: attributes of the network that are left out, until someone asks for the whole."""
+        where = {"dtype": parts.dtype, "device": parts.device}
+        network = self.network.from_pretrained(self.folder(parts), **where, without=without)
+        for change in parts.changes.get(self.name, []):
+            change(network)
+        parts._loaded[self.name] = network
 
     def __set__(self, parts: "Parts", network: Any) -> None:
         parts._constants.pop("zero_image_embeds", None)  # it may be another image tower's
@@ -56,6 +62,9 @@ class Part:
         if hasattr(network, "_orig_mod"):
             raise TypeError(f"{self.name} is compiled; pipe.optimize(compile=True) compiles it in its place")
         arguments.instance(network, self.name, (self.network,))
+        if network.left_out:
+            what = f"{self.name} was read without {', '.join(network.left_out)}"
+            raise ValueError(f"{what}; a pipeline takes whole networks")
         here, there = parts.device, network.device
         if here.type != there.type or arguments.index_of(here) != arguments.index_of(there):
             raise ValueError(
@@ -213,16 +222,19 @@ class Parts:
         return self._once("zero_image_embeds", self._read_zero_image_embeds).to(self.device)
 
     @contextmanager
-    def using(self, name: str) -> Iterator[Any]:
-        """Gives a network; frees it afterwards unless it is to be kept."""
+    def using(self, name: str, without: tuple[str, ...] = ()) -> Iterator[Any]:
+        """Gives a network, where it is yet to be read without some attributes; frees it afterwards unless it
+        is to be kept."""
         try:
-            yield getattr(self, name)
+            if without and name not in self._loaded:
+                getattr(Parts, name).read(self, without)
+            yield self._loaded[name] if without else getattr(self, name)
         finally:
             if not self.keep_loaded and name not in self._replaced:
                 self._loaded.pop(name, None)
 
     def loaded(self, name: str) -> Any | None:
-        """A network, if it is in memory."""
+        """A network, if it is in memory; MoVQ may be there without what encodes."""
         return self._loaded.get(name)
 
     def change(self, name: str, change: Callable[[Any], None]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kandinsky import arguments, images, masks
 from kandinsky.embedding import OnStep
+from kandinsky.movq import TO_ENCODE
 from kandinsky.request import Request, Requests
 from kandinsky.sampling import ImageEmbeds, Noise, Step, last_steps, sample_inpainting, sample_latents
 from kandinsky.schedulers import DDPMScheduler, DPMSolverScheduler, NoiseScheduler, Timesteps
@@ -363,7 +364,7 @@ class Kandinsky(Requests):
         """Latents as the output type wants them. retouch: is done to the pixels, (b, 3, h, w) in [0, 1]"""
         if x is None or request.output_type == "latent":
             return x
-        with self.using("movq") as movq:
+        with self.using("movq", without=TO_ENCODE) as movq:
             pixels = movq.decode(x)
         self._check_finite(pixels, "the decoded picture")
         pixels = images.crop_to(images.to_unit_range(pixels), *request.size)

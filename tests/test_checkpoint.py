@@ -28,7 +28,7 @@ from kandinsky.config import (
     read_config,
 )
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
-from kandinsky.movq import MoVQ
+from kandinsky.movq import TO_ENCODE, MoVQ
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 from tests.helpers import SHARED, norms, randn, randomize, relative_l2
@@ -271,6 +271,26 @@ def test_missing_extra_misshapen_and_integer_tensors_are_listed(folder):
 def test_many_wrong_tensors_make_one_line_with_a_count(folder):
     edit_weights(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)[:100]])
     assert "and 92 more" in refusal(folder)
+
+
+def test_a_network_is_read_without_what_is_not_called(tmp_path):
+    whole = ours(MoVQ, reference_movq())
+    whole.save_pretrained(tmp_path)
+    half = MoVQ.from_pretrained(tmp_path, without=TO_ENCODE)
+    z = randn(1, 4, 4, 4)
+    assert torch.equal(half.decode(z), whole.decode(z))
+    assert set(half.state_dict()) < set(whole.state_dict()) and not hasattr(half, "encoder")
+    with pytest.raises(
+        CheckpointError, match="MoVQ was read without encoder, quant_conv, quantize; read the"
+    ):
+        half.save_pretrained(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+    with pytest.raises(ValueError, match="without is 'codebook'; allowed are 'encoder', "):
+        MoVQ.from_pretrained(tmp_path, without="codebook")
+    MoVQ.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    edit_weights(tmp_path, lambda tensors: tensors.pop("encoder.conv_in.bias"))
+    with pytest.raises(CheckpointError, match="missing encoder.conv_in.bias"):  # still a whole checkpoint
+        MoVQ.from_pretrained(tmp_path, without=TO_ENCODE)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])

@@ -21,6 +21,7 @@ from diffusers import (
     UNet2DConditionModel,
     VQModel,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -418,6 +419,25 @@ def test_keep_loaded_false_holds_one_network_at_a_time_and_gives_the_same_pictur
     assert torch.equal(picture, our_pictures(pipe, 3, prompt=PROMPT, negative_prompt=NEGATIVE))
     assert all(names == {"unet"} for names in held) and not light._loaded
     assert {"text_encoder", "prior", "unet", "movq"} == set(pipe._loaded)
+
+
+def test_what_encodes_is_read_only_when_something_is_encoded(decoder_folder, pipe):
+    light = Kandinsky.from_pretrained(decoder_folder)
+    light.optimize(["merged upsampling", "low spatial norm"])
+    picture = our_pictures(light, 3, prompt=PROMPT)
+    half = light.loaded("movq")
+    assert {name for name, _ in half.named_children()} == {"post_quant_conv", "decoder"}
+    assert torch.equal(our_pictures(light, 3, prompt=PROMPT), picture) and light.loaded("movq") is half
+    assert light.to(dtype=torch.bfloat16).loaded("movq").dtype == torch.bfloat16
+    light.to(dtype=torch.float32).restore()
+    settings = {"num_inference_steps": 1, "strength": 0, "seed": 1, "output_type": "pt"}
+    redrawn = [p.img2img(PROMPT, Image.new("RGB", (32, 48), "red"), **settings) for p in (light, pipe)]
+    assert torch.equal(*redrawn) and light.movq is not half
+    assert light.movq.state_dict().keys() == pipe.movq.state_dict().keys()
+    with pytest.raises(
+        ValueError, match="movq was read without encoder, .*; a pipeline takes whole networks"
+    ):
+        light.movq = half
 
 
 def test_the_image_tower_is_read_only_when_its_constant_is_not_stored(decoder_folder, tmp_path):
