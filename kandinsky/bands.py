@@ -6,9 +6,7 @@
 At 2048 px one map takes 2 to 4 GB, and norm, scale, shift and SiLU would each make another. In bands the
 norms themselves are not called, and a convolution is called once for each band: hooks on these see that.
 
-Maps smaller than `LARGEST` go the usual way, which is faster. There SiLU and the sum with the skip connection
-overwrite what they read, unless a hook has seen it: on a CPU new memory of more than 32 MiB costs more time
-than either, as the system clears it first.
+Maps smaller than `LARGEST` go the usual way, which is faster, and are overwritten (`kandinsky.overwriting`).
 """
 
 from collections.abc import Iterator
@@ -17,9 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_modules
 
-from kandinsky import movq
+from kandinsky import movq, overwriting
 from kandinsky.packed import wants_gradient
 
 LARGEST = 2**26  # numbers in a map, of the whole batch; a band has about as many as 64 rows of 1024 px
@@ -30,9 +27,9 @@ class BandedResnetBlock(movq.ResnetBlock):
     def forward(self, x: Tensor, *zq: Tensor) -> Tensor:
         if is_large(x, self.conv2.out_channels) and not wants_gradient(x, self.conv2.weight):
             return self.banded(x, *zq)
-        out = self.conv1(activated(self.norm1, x, *zq))
-        out = self.conv2(activated(self.norm2, out, *zq))
-        return torch.add(out, self.conv_shortcut(x), out=memory_for(out, self.conv2))
+        out = self.conv1(overwriting.activated(self.norm1, x, *zq))
+        out = self.conv2(overwriting.activated(self.norm2, out, *zq))
+        return torch.add(out, self.conv_shortcut(x), out=overwriting.memory_for(out, self.conv2))
 
     def banded(self, x: Tensor, *zq: Tensor) -> Tensor:
         out = convolve_normed(self.norm1, self.conv1, x, *zq)
@@ -46,28 +43,7 @@ class BandedDecoder(movq.Decoder):
     def read_out(self, x: Tensor, zq: Tensor) -> Tensor:
         if is_large(x) and not wants_gradient(x, self.conv_out.weight):
             return convolve_normed(self.conv_norm_out, self.conv_out, x, zq)
-        return self.conv_out(activated(self.conv_norm_out, x, zq))
-
-
-def may_overwrite(layer: nn.Module) -> bool:
-    """Whether what a layer has just returned is nobody else's: it is of a kind that makes new memory at each
-    call, no hook has seen it, and no gradient will be asked of it."""
-    is_seen = layer._forward_hooks or torch_modules._global_forward_hooks
-    makes_new = isinstance(layer, (nn.GroupNorm, movq.SpatialNorm, nn.Conv2d))
-    return makes_new and not is_seen and not torch.is_grad_enabled()
-
-
-def memory_for(out: Tensor, layer: nn.Module) -> Tensor | None:
-    """Where to write what is made of a layer's result `out`: over it, or into memory of the same order, so
-    that a hook changes no bit. None: wherever, for gradients."""
-    if torch.is_grad_enabled():
-        return None
-    return out if may_overwrite(layer) else torch.empty_like(out)
-
-
-def activated(norm: nn.Module, x: Tensor, *zq: Tensor) -> Tensor:
-    """F.silu(norm(x, *zq))"""
-    return F.silu(norm(x, *zq), inplace=may_overwrite(norm))
+        return self.conv_out(overwriting.activated(self.conv_norm_out, x, zq))
 
 
 def is_large(x: Tensor, channels: int = 0) -> bool:

@@ -16,7 +16,7 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
                         they overwrite the norm's result
     row bands           MoVQ's maps of more than 64 M numbers go through norm and convolution in bands
                         (`kandinsky.bands`): no further map of that size for each norm; for smaller ones SiLU
-                        and the skip connection's sum overwrite what they read
+                        and the skip connection's sum overwrite what they read (`kandinsky.overwriting`)
     chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU), of layers with packed weights; their weights are kept twice, the second
@@ -43,7 +43,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from kandinsky import bands, fused, graphs, movq, prior, unet, winograd
+from kandinsky import bands, fused, graphs, movq, overwriting, prior, unet, winograd
 from kandinsky.packed import Packed, Placeholder, pack
 from kandinsky.upsampling import (
     FusedMergedUpResnetBlock,
@@ -67,7 +67,7 @@ class LowSpatialNorm(movq.SpatialNorm):
         normed = self.norm_layer(x)
         squares = rearrange(normed, "b c (h s) (w t) -> b c h s w t", h=h, w=w)
         scale, shift = (y[:, :, :, None, :, None] for y in (self.conv_y(zq), self.conv_b(zq)))
-        into = bands.memory_for(squares, self.norm_layer)
+        into = overwriting.memory_for(squares, self.norm_layer)
         return rearrange(torch.addcmul(shift, squares, scale, out=into), "b c h s w t -> b c (h s) (w t)")
 
 

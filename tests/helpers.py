@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kandinsky.packed import can_pack
+from kandinsky.packed import available, can_pack
 
 # the project's documents, beside the checkout; tests that read them skip without
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+needs_packing = pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN operators")
 # without them a processor takes tens of times as long in bfloat16 as in float32
 needs_bfloat16_kernels = pytest.mark.skipif(
     not can_pack(torch.empty(1, dtype=torch.bfloat16)), reason="this processor has no bfloat16 kernels"

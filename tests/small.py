@@ -19,6 +19,7 @@ from diffusers import (
     VQModel,
 )
 from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -27,10 +28,12 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from kandinsky import MoVQ, Prior, UNet
 from kandinsky.checkpoint import skeleton
 from kandinsky.config import read_config
+from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.random_weights import write_multilingual_tokenizer, write_tokenizer
-from tests.helpers import randomize
+from tests.helpers import randn, randomize
 
 EMBEDDING_DIM = 32
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": True, "steps_offset": 1}
@@ -164,3 +167,31 @@ def write_checkpoints_2_1(folder: Path, seed: int = 0, inpaint: bool = False) ->
     settings |= {"thresholding": True, "sample_max_value": 2.0}
     DDPMScheduler(**settings).save_pretrained(decoder / "ddpm_scheduler")
     return decoder
+
+
+def unet_output(unet: UNet, h: int = 8, w: int = 12) -> Tensor:
+    t = torch.tensor([999, 20])
+    return unet(randn(2, 4, h, w), t, randn(2, EMBEDDING_DIM, seed=1))
+
+
+def prior_output(prior: Prior) -> Tensor:
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    text = (randn(2, EMBEDDING_DIM, seed=1), randn(2, 5, EMBEDDING_DIM, seed=2), mask)
+    return prior(randn(2, EMBEDDING_DIM), torch.tensor([999, 20]), *text)
+
+
+def movq_output(movq: MoVQ) -> Tensor:
+    return torch.cat([movq.decode(randn(2, 4, 6, 5)), movq.decode(movq.encode(randn(2, 3, 24, 20, seed=3)))])
+
+
+def text_output(encoder: CLIPTextEncoder) -> Tensor:
+    return torch.cat([x.flatten() for x in encoder(torch.tensor([[0, 7, 300, 2], [0, 9, 2, 2]]))])
+
+
+# by kind: ours from a seed, and what it gives for certain inputs, in one tensor
+NETWORKS = {
+    "unet": (lambda seed: ours(UNet, reference_unet(seed=seed)), unet_output),
+    "prior": (lambda seed: ours(Prior, reference_prior(seed)), prior_output),
+    "movq": (lambda seed: ours(MoVQ, reference_movq(3, seed)), movq_output),
+    "text encoder": (lambda seed: ours(CLIPTextEncoder, reference_text_encoder(seed)), text_output),
+}
