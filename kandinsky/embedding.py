@@ -173,10 +173,7 @@ class Embedding(Parts):
         runs += away_runs
         count = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         watch = self._watch(on_step, progress)
-        if runs:
-            settings = self._prior_settings(num_inference_steps, guidance_scale)
-        else:
-            self._check_prior_numbers(num_inference_steps, guidance_scale)
+        settings = self._prior_settings(num_inference_steps, guidance_scale, runs=bool(runs))
         self.seeds = arguments.seeds(seed, count)
         pictures = [item for item in items if not isinstance(item, str) and item.ndim == 3]
         needed = ["text_encoder", "prior"] if runs else []
@@ -271,15 +268,15 @@ class Embedding(Parts):
     def _watch(on_step: Any, progress: Any) -> tuple[OnStep | None, bool]:
         return arguments.function(on_step, "on_step"), arguments.flag(progress, "progress")
 
-    def _prior_settings(self, num_steps: Any, scale: Any, prefix: str = "") -> tuple[Timesteps, float]:
-        timesteps = self._timesteps(self.prior_scheduler, num_steps, f"{prefix}num_inference_steps")
-        return timesteps, arguments.number(scale, f"{prefix}guidance_scale")
-
-    @staticmethod
-    def _check_prior_numbers(num_steps: Any, scale: Any, prefix: str = "") -> None:
-        """Where no prior runs, or none is there."""
-        arguments.whole(num_steps, f"{prefix}num_inference_steps")
-        arguments.number(scale, f"{prefix}guidance_scale")
+    def _prior_settings(
+        self, num_steps: Any, scale: Any, prefix: str = "", runs: bool = True
+    ) -> tuple[Timesteps, float] | None:
+        """None where the prior does not run, as there may be none; the numbers are checked all the same."""
+        scale = arguments.number(scale, f"{prefix}guidance_scale")
+        if not runs:
+            arguments.whole(num_steps, f"{prefix}num_inference_steps")
+            return None
+        return self._timesteps(self.prior_scheduler, num_steps, f"{prefix}num_inference_steps"), scale
 
     @staticmethod
     def _timesteps(scheduler: Any, num_steps: Any, name: str) -> Timesteps:

@@ -82,11 +82,7 @@ class Requests(Embedding):
         full_size, latent_shape = self._full_size(size)
         latents = arguments.noise(latents, ((num_images, *latent_shape),))
         self.seeds = arguments.seeds(seed, num_images)
-        prior_settings = None
-        if words.texts:
-            prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_")
-        else:
-            self._check_prior_numbers(prior_num_steps, prior_scale, "prior_")
+        prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_", runs=bool(words.texts))
         self._check_weights(words, guidance_scale, output_type != "latent" or "pictures" in lists)
         return Request(
             words=words,
