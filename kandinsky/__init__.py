@@ -1,4 +1,4 @@
-"""Kandinsky 2.2 in pure PyTorch: readable, checked against diffusers, fast."""
+"""Kandinsky 2.2 and 2.1 in pure PyTorch: readable, checked against diffusers, fast."""
 
 from importlib import import_module
 from types import ModuleType

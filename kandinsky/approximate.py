@@ -61,7 +61,8 @@ def last_rows(plan: Plan, count: int) -> Plan:
 
 
 class KeptFeatures:
-    """Runs the whole U-Net at each `every`-th step, and its outermost level at the others. Never a graph."""
+    """Runs the whole U-Net at each `every`-th step, and its outermost level at the others. Whole steps run
+    under a hook, and so are never replayed as a CUDA graph."""
 
     def __init__(self, unet: UNet, every: int):
         self.unet, self.every, self.inner = unet, every, None
@@ -70,7 +71,7 @@ class KeptFeatures:
         return self.unet.prepare(*given)
 
     def step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
-        """As UNet's, steps in order. All is run, too, where rows are new."""
+        """As UNet's, steps in order. The whole network also runs where rows are new, as guidance begins."""
         if index % self.every == 0 or self.inner is None or len(self.inner) < len(x):
             return self._whole_step(x, plan, index)
         given = self.unet.conditioning(plan, index)

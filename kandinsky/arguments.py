@@ -29,7 +29,7 @@ _DIFFUSERS_NAMES = {
     "callback_on_step_end": "on_step=, called with a Step after each step",
     "callback_on_step_end_tensor_inputs": "on_step=, called with a Step after each step",
     "prior_callback_on_step_end": "embed(on_step=), then embeds=",
-    "return_dict": "nothing: images are returned as a list or a tensor",
+    "return_dict": "what is returned: a list of images, a tensor or ImageEmbeds, never a dict",
     "torch_dtype": "dtype=",
     "subfolder": "the network's own folder, as FOLDER/unet",
     "variant": "dtype=: the official files exist in one form only, and are cast when read",
@@ -225,6 +225,12 @@ def flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def is_false(value: Any) -> bool:
+    """Whether a function of a Step said that it is enough: False, also numpy's or a tensor's."""
+    is_bool = isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    return is_bool and not value
+
+
 def function(value: Any, name: str) -> Callable | None:
     """What can be called, or None."""
     if value is not None and not callable(value):
@@ -263,18 +269,17 @@ def seeds(value: Any, count: int) -> list[int]:
     return [first + i for i in range(count)]
 
 
-def noise(value: Any, shapes: tuple[tuple[int, ...], ...], name: str = "latents") -> Tensor | None:
-    """Own noise of one of the shapes, as float32 in memory of its own; None stays None."""
+def noise(value: Any, shapes: tuple[tuple[int, ...], ...]) -> Tensor | None:
+    """`latents`: noise of one of the shapes, as float32 in memory of its own; None stays None."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}; a tensor of {' or '.join(map(str, shapes))} is needed"
-        )
+        needed = " or ".join(map(str, shapes))
+        raise TypeError(f"latents is a {type(value).__name__}; a tensor of {needed} is needed")
     if tuple(value.shape) not in shapes:
-        raise ValueError(f"{name} is {tuple(value.shape)}; needs {' or '.join(map(str, shapes))}")
+        raise ValueError(f"latents is {tuple(value.shape)}; needs {' or '.join(map(str, shapes))}")
     if not value.is_floating_point() or not value.isfinite().all():
-        raise ValueError(f"{name} must be floating point and finite")
+        raise ValueError("latents must be floating point and finite")
     return value.detach().to(torch.float32, copy=True)
 
 

@@ -185,9 +185,10 @@ def _compare(settings: dict, pipe: Kandinsky, files: dict[str, list[Path]]) -> N
     """What was given again must be what the picture was made from."""
     if settings["inputs"].keys() != files.keys():
         wanted = [f"{_FLAGS[n]} ({', '.join(f['name'] for f in fs)})" for n, fs in settings["inputs"].items()]
-        raise ValueError(
-            f"the picture was made from {' and '.join(wanted) or 'no other'}; give the same again"
-        )
+        if not wanted:
+            given = " and ".join(_FLAGS[name] for name in files)
+            raise ValueError(f"the picture was made from no other file; leave {given} out")
+        raise ValueError(f"the picture was made from {' and '.join(wanted)}; give the same again")
     fixed = [settings[name] for name in ("task", "call", "index")]
     now = metadata.describe(pipe, *fixed, files, settings["lora_scale"])
     for half, was in settings["checkpoint"].items():

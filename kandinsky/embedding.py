@@ -71,11 +71,12 @@ class Embedding(Parts):
         texts = arguments.prompts(prompt)
         negatives = arguments.negative_prompts(negative_prompt, len(texts))
         images_per_prompt = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
-        self.seeds = arguments.seeds(seed, len(texts) * images_per_prompt)
+        seeds = arguments.seeds(seed, len(texts) * images_per_prompt)
         settings = self._prior_settings(num_inference_steps, guidance_scale)
-        latents = self._own_noise(latents, 1 if negatives is None else 2)
+        latents = self._own_noise(latents, len(seeds), 1 if negatives is None else 2)
         watch = self._watch(on_step, progress)
         self.check_files("text_encoder", "prior")
+        self.seeds = seeds
         noise = Noise(self.seeds, self.device)
         return self._embed(texts, negatives, images_per_prompt, settings, noise, watch, latents)
 
@@ -118,13 +119,14 @@ class Embedding(Parts):
         texts, items = texts * (count // len(texts)), items * (count // len(items))
         negatives = arguments.negative_prompts(negative_prompt, count)
         images_per_prompt = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
-        self.seeds = arguments.seeds(seed, count * images_per_prompt)
+        seeds = arguments.seeds(seed, count * images_per_prompt)
         timesteps, guidance_scale = self._prior_settings(num_inference_steps, guidance_scale)
         settings = (last_steps(timesteps, strength), guidance_scale)
-        latents = self._own_noise(latents, 1 if negatives is None else 2)
+        latents = self._own_noise(latents, len(seeds), 1 if negatives is None else 2)
         watch = self._watch(on_step, progress)
         pictures = [item for item in items if item.ndim == 3]
         self.check_files("text_encoder", "prior", *(["image_encoder"] if pictures else []))
+        self.seeds = seeds
         start = self._embed_rows(items).repeat_interleave(images_per_prompt, dim=0)
         if not settings[0]:
             return ImageEmbeds(start)
@@ -174,11 +176,15 @@ class Embedding(Parts):
         count = arguments.whole(num_images_per_prompt, "num_images_per_prompt")
         watch = self._watch(on_step, progress)
         settings = self._prior_settings(num_inference_steps, guidance_scale, runs=bool(runs))
-        self.seeds = arguments.seeds(seed, count)
+        seeds = arguments.seeds(seed, count)
+        if runs:
+            latents = self._own_noise(latents, count, 1 if away is None else 2)
+        elif latents is not None:
+            raise ValueError("latents is the prior's noise, and it does not run: there is no prompt to mix")
         pictures = [item for item in items if not isinstance(item, str) and item.ndim == 3]
         needed = ["text_encoder", "prior"] if runs else []
         self.check_files(*needed, *(["image_encoder"] if pictures else []))
-        made = []
+        self.seeds, made = seeds, []
         if runs:
             made = self._run_mixture(runs, away, settings, watch, latents)
             if made is None:
@@ -194,11 +200,10 @@ class Embedding(Parts):
         away: str | None,
         settings: tuple[Timesteps, float],
         watch: tuple[OnStep | None, bool],
-        latents: Any,
+        latents: Tensor | None,
     ) -> Tensor | None:
         """The prior's runs as one batch -> (runs, images, d)."""
         count, copies, dim = len(self.seeds), 1 if away is None else 2, self.prior_config.embedding_dim
-        latents = self._own_noise(latents, copies)
         noise = Noise(self.seeds, self.device)
         num_draws = (latents is None) + sum(self.prior_scheduler.draws_noise(*step) for step in settings[0])
         drawn = [[noise.draw(copies, dim)[:, run.noise_row] for _ in range(num_draws)] for run in runs]
@@ -282,9 +287,9 @@ class Embedding(Parts):
     def _timesteps(scheduler: Any, num_steps: Any, name: str) -> Timesteps:
         return scheduler.timesteps(arguments.whole(num_steps, name, 1, scheduler.num_train_steps))
 
-    def _own_noise(self, latents: Any, copies: int) -> Tensor | None:
-        """The caller's noise for the prior as (copies · images, d)."""
-        count, dim = len(self.seeds), self.prior_config.embedding_dim
+    def _own_noise(self, latents: Any, count: int, copies: int) -> Tensor | None:
+        """The caller's noise for the prior of count images, as (copies · count, d)."""
+        dim = self.prior_config.embedding_dim
         latents = arguments.noise(latents, ((count, dim), (2 * count, dim))[:copies])
         return None if latents is None else latents.repeat(copies * count // len(latents), 1).to(self.device)
 
@@ -294,15 +299,6 @@ class Embedding(Parts):
         with self.using("text_encoder") as text_encoder:
             text_states, text_embeds = text_encoder(ids.to(self.device))
         return text_states, text_embeds, mask.to(self.device)
-
-    def _encode_decoder_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """What 2.1's U-Net reads of texts: embeddings (b, d) and states (b, 77, c)."""
-        unique = list(dict.fromkeys(texts))
-        rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
-        ids = self.decoder_tokenizer(unique).to(self.device)
-        with self.using("decoder_text_encoder") as text_encoder:
-            text_states, text_embeds = text_encoder(ids)
-        return text_embeds[rows], text_states[rows]
 
     def _embed_pictures(self, pictures: list[Tensor]) -> Tensor:
         """Pictures (3, h, w) in [0, 1] -> (b, d)"""
@@ -345,7 +341,7 @@ class Embedding(Parts):
             checked += found
         if not math.isclose(sum(weights), 1, abs_tol=1e-6):
             warnings.warn(
-                f"the weights sum to {sum(weights):.6g}, not to 1; they are used as given", stacklevel=5
+                f"the weights sum to {sum(weights):.6g}, not to 1; they are used as given", stacklevel=6
             )
         return checked, weights
 
@@ -357,7 +353,7 @@ class Embedding(Parts):
 
         with tqdm(loop, name, num_steps, disable=not progress) as bar:
             for step in bar:
-                if on_step is not None and on_step(step) is False:
+                if on_step is not None and arguments.is_false(on_step(step)):
                     return None
         self._check_finite(step.x, f"the {name}'s result")
         return step.x

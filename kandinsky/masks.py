@@ -18,9 +18,9 @@ from kandinsky import images
 MASK = "a PIL picture, or a numpy array or tensor (h, w) in [0, 1]"
 
 
-def masks(value: Any, name: str = "mask_image") -> list[Tensor]:
+def masks(value: Any) -> list[Tensor]:
     """One mask, a list of them, or a batch (b, 1, h, w) -> (h, w) float32 in [0, 1] each."""
-    return [mask(item, name) for item in images.listed(value, name)]
+    return [mask(item) for item in images.listed(value, "mask_image")]
 
 
 def mask(value: Any, name: str = "mask_image") -> Tensor:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
 from kandinsky.scheduler_files import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
+from kandinsky.schedulers import NoiseScheduler, UnCLIPScheduler
 from kandinsky.unet import UNet
 
 # which part reads what they make
 TOKENIZERS = {"text_encoder": "tokenizer", "decoder_text_encoder": "decoder_tokenizer"}
+
+Pipeline = TypeVar("Pipeline", bound="Parts")
 
 
 class Part:
@@ -54,7 +57,8 @@ class Part:
         parts._loaded[self.name] = network
 
     def __set__(self, parts: "Parts", network: Any) -> None:
-        parts._constants.pop("zero_image_embeds", None)  # it may be another image tower's
+        if self.name == "image_encoder":
+            parts._constants.pop("zero_image_embeds", None)  # it may be another tower's
         if network is None:
             parts._loaded.pop(self.name, None)
             parts._replaced.discard(self.name)
@@ -105,17 +109,30 @@ class Parts:
     movq = Part(MoVQ, "decoder")
     decoder_text_encoder = Part(MultilingualCLIP, "decoder", "text_encoder")
 
+    def __init__(
+        self, decoder: Path, prior: Path | None, device: torch.device, dtype: torch.dtype, keep_loaded: bool
+    ):
+        """`from_pretrained` checks what it is given, and calls this."""
+        # a process may go to another folder before a network is read
+        self.decoder_folder, self.prior_folder = Path(os.path.abspath(decoder)), prior
+        self.device, self.dtype, self.keep_loaded = device, dtype, keep_loaded
+        self._loaded: dict[str, Any] = {}  # networks by name
+        self._replaced: set[str] = set()  # those of them that someone assigned
+        self._constants: dict[str, Any] = {}  # what was read or made once
+        self.changes: dict[str, list[Callable]] = {}
+        self.is_optimized = False
+
     @classmethod
     @arguments.public
     def from_pretrained(
-        cls,
+        cls: type[Pipeline],
         decoder: str | Path,
         prior: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         keep_loaded: bool = True,
         scheduler: str = "scheduler",
-    ) -> "Parts":
+    ) -> Pipeline:
         """Opens a checkpoint; nothing is downloaded, and weights are read when first needed.
 
         Args:
@@ -137,22 +154,21 @@ class Parts:
             prior = arguments.folder(prior, "prior")
             if not (prior / "prior").is_dir():
                 raise CheckpointError(f"{prior} is not a prior: it has no prior/{_what_it_is(prior)}")
+            prior = Path(os.path.abspath(prior))
 
-        parts = cls.__new__(cls)
-        parts.decoder_folder = decoder
-        parts.keep_loaded = arguments.flag(keep_loaded, "keep_loaded")
-        parts.prior_folder = prior or _sibling_prior(decoder)
-        parts.device, parts.dtype = arguments.device(device), arguments.dtype(dtype)
-        parts._loaded, parts._replaced, parts._constants = {}, set(), {}
-        parts.changes, parts.is_optimized = {}, False
+        prior, keep_loaded = prior or _sibling_prior(decoder), arguments.flag(keep_loaded, "keep_loaded")
+        parts = cls(decoder, prior, arguments.device(device), arguments.dtype(dtype), keep_loaded)
         folder = decoder / arguments.instance(scheduler, "scheduler", (str,))
         parts.scheduler = load_scheduler(folder, DECODER_SCHEDULERS)
         _ = parts.unet_config, parts.movq_config  # a folder that is no checkpoint is refused here
         return parts
 
     @arguments.public
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Parts":
-        """Moves and casts every loaded network, and those to come; returns the pipeline."""
+    def to(
+        self: Pipeline, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Pipeline:
+        """Moves and casts every loaded network, and those to come; returns the pipeline. A network that
+        another pipeline shares goes along: call `to` on that one as well."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; pass it as dtype=")
         device = self.device if device is None else arguments.device(device)
@@ -203,7 +219,7 @@ class Parts:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        self._constants["scheduler"] = arguments.instance(scheduler, "scheduler", DECODER_SCHEDULERS)
+        self._constants["scheduler"] = arguments.instance(scheduler, "scheduler", (NoiseScheduler,))
 
     @property
     def prior_scheduler(self) -> Any:
@@ -213,18 +229,19 @@ class Parts:
 
     @prior_scheduler.setter
     def prior_scheduler(self, scheduler: Any) -> None:
-        known = arguments.instance(scheduler, "prior_scheduler", PRIOR_SCHEDULERS)
+        known = arguments.instance(scheduler, "prior_scheduler", (UnCLIPScheduler,))
         self._constants["prior_scheduler"] = known
 
     @property
     def zero_image_embeds(self) -> Tensor:
         """(1, d) float32: the zero image's embedding, from the prior's folder or the image tower."""
-        return self._once("zero_image_embeds", self._read_zero_image_embeds).to(self.device)
+        embeds = self._once("zero_image_embeds", self._read_zero_image_embeds)
+        return arguments.embeddings(embeds, self.unet_config.image_dim, "the zero image").to(self.device)
 
     @contextmanager
     def using(self, name: str, without: tuple[str, ...] = ()) -> Iterator[Any]:
-        """Gives a network, where it is yet to be read without some attributes; frees it afterwards unless it
-        is to be kept."""
+        """Yields a network and, with keep_loaded=False, frees it afterwards. without: attributes that are
+        left out if it has to be read first."""
         try:
             if without and name not in self._loaded:
                 getattr(Parts, name).read(self, without)
@@ -263,10 +280,12 @@ class Parts:
     def need_prior(self) -> Path:
         """The prior's folder, or an error that says how to give one."""
         if self.prior_folder is None:
-            model = "2.1" if self.unet_config.text else "2.2"
+            model, dim = ("2.1", 768) if self.unet_config.text else ("2.2", 1280)
+            official = self.unet_config.image_dim == dim
+            fetch = f"`python scripts/download_weights.py {model} --only prior` fetches one"
             raise CheckpointError(
                 f"{self.decoder_folder} has no prior beside it; pass prior=FOLDER (--prior), or both halves "
-                f"of embeds; `python scripts/download_weights.py {model} --only prior` fetches one"
+                f"of embeds; {fetch if official else 'it must be the one that it was trained with'}"
             )
         return self.prior_folder
 

@@ -4,7 +4,8 @@
     image = pipe.text2img("a red cat", seed=7)[0]
 
 Each task is: what to show, where to start (noise, or a noised picture), the U-Net's loop, and MoVQ's decoder.
-Noise comes from one stream per image, first the prior's, then the decoder's. `Kandinsky` is in turn
+Noise comes from one stream per image, first the prior's, then the decoder's. `Kandinsky` inherits, in this
+order:
 
     Requests    a call's arguments, checked (request.py)
     Embedding   text encoder and prior: what to show (embedding.py)
@@ -21,19 +22,19 @@ from torch import Tensor
 
 from kandinsky import arguments, images, masks
 from kandinsky.embedding import OnStep
-from kandinsky.movq import TO_ENCODE
+from kandinsky.movq import TO_ENCODE, MoVQ
 from kandinsky.request import Request, Requests
 from kandinsky.sampling import ImageEmbeds, Noise, Step, last_steps, sample_inpainting, sample_latents
 from kandinsky.schedulers import DDPMScheduler, DPMSolverScheduler, NoiseScheduler, Timesteps
 from kandinsky.unet import UNet
 
 WIDEST = 4096  # margin of a mask, pixels
-# what a task's decoder loop is to its U-Net: (unet, image_embeds, x, draw) -> steps
+# a task's decoder loop with all but these given: (unet, image_embeds, x, draw) -> steps
 Loop = Callable[[UNet, Tensor, Tensor, Callable[[], Tensor]], Iterator[Step]]
 
 
 class Kandinsky(Requests):
-    """Kandinsky 2.2, made by `from_pretrained`. `seeds` lists those of the last call, one per image."""
+    """Kandinsky 2.2 or 2.1, by `from_pretrained`. `seeds` lists those of the last call, one per image."""
 
     @arguments.public
     @torch.no_grad()
@@ -341,21 +342,29 @@ class Kandinsky(Requests):
         return torch.cat([uncond.expand(len(image_embeds), -1), image_embeds])
 
     def _decoder_texts(self, request: Request) -> tuple[Tensor, Tensor] | None:
-        """2.1: the U-Net's own reading of prompts, rows as in `_guided_embeds`; the other half is of ""."""
+        """2.1: what the U-Net reads of the prompts itself, embeddings (rows, d) and states (rows, 77, c).
+
+        Rows as in `_guided_embeds`; the other half is of "".
+        """
         words = request.words
         if words.decoder_texts is None:
             return None
         uncond = words.negatives or [""] * words.num_prompts
         texts = (uncond if request.guidance_scale > 1 else []) + words.decoder_texts
-        return self._encode_decoder_texts([t for t in texts for _ in range(request.images_per_prompt)])
+        texts = [text for text in texts for _ in range(request.images_per_prompt)]
+        unique = list(dict.fromkeys(texts))
+        rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
+        ids = self.decoder_tokenizer(unique).to(self.device)
+        with self.using("decoder_text_encoder") as text_encoder:
+            text_states, text_embeds = text_encoder(ids)
+        return text_embeds[rows], text_states[rows]
 
     def _encode(self, request: Request, pictures: list[Tensor]) -> Tensor:
         """Pictures -> their latents, one row per image."""
         size = request.size
         fitted = [images.pad_to(images.resize(x, *size), *request.full_size) for x in pictures]
-        with self.using("movq") as movq:
-            z = movq.encode(2 * torch.stack(fitted).to(self.device) - 1)
-        self._check_finite(z, "the encoded picture")
+        pixels = 2 * torch.stack(fitted).to(self.device) - 1
+        z = self._in_movq(lambda movq: movq.encode(pixels), "the encoded picture")
         return request.rows(list(z))
 
     def _finish(
@@ -364,9 +373,19 @@ class Kandinsky(Requests):
         """Latents as the output type wants them. retouch: is done to the pixels, (b, 3, h, w) in [0, 1]"""
         if x is None or request.output_type == "latent":
             return x
-        with self.using("movq", without=TO_ENCODE) as movq:
-            pixels = movq.decode(x)
-        self._check_finite(pixels, "the decoded picture")
+        pixels = self._in_movq(lambda movq: movq.decode(x), "the decoded picture", without=TO_ENCODE)
         pixels = images.crop_to(images.to_unit_range(pixels), *request.size)
         pixels = pixels if retouch is None else retouch(pixels)
         return images.to_pil(pixels) if request.output_type == "pil" else pixels
+
+    def _in_movq(self, compute: Callable[[MoVQ], Tensor], what: str, without: tuple[str, ...] = ()) -> Tensor:
+        """compute(movq), and once more in float32 where float16 overflows: the steps before are not lost."""
+        with self.using("movq", without) as movq:
+            out = compute(movq)
+            if movq.dtype == torch.float16 and not out.isfinite().all():
+                try:
+                    out = compute(movq.float())
+                finally:
+                    movq.half()  # every weight is again what it was
+        self._check_finite(out, what)
+        return out

@@ -19,9 +19,9 @@ A tour: `Prior.forward` is the diagram; `Block` and `SelfAttention` are any pre-
 `prefill` and `step`, which are `forward` cut in two; `sampling.sample_prior` is the loop around them.
 
 What the checkpoint forces: embeddings are normalised by `clip_mean` and `clip_std`, which lie in the file,
-so `denormalize` follows the loop; a prompt's padding is masked, not cut; norms are called 1 and 3,
-feed-forwards `net.0` and `net.2`, after diffusers' blocks, which have a cross-attention and a dropout
-between them.
+so `denormalize` follows the loop; a prompt's padding is masked, and as nothing reads a masked token, it is
+cut, but the last four tokens keep their positions; norms are called 1 and 3, feed-forwards `net.0` and
+`net.2`, after diffusers' blocks, which have a cross-attention and a dropout between them.
 """
 
 from typing import NamedTuple

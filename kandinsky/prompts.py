@@ -93,7 +93,9 @@ class PromptTokenizer:
         for text, whole in zip(texts, self.engine.encode_batch(texts)):
             letters = [character for character in text if character.isalpha()]
             if sum(character > "\u024f" for character in letters) > len(letters) / 2:
-                warnings.warn(f"the model understands English only, not {text!r}", stacklevel=2)
+                warnings.warn(
+                    f"the prior's text tower knows English; it reads little in {text!r}", stacklevel=2
+                )
             ids = whole.ids
             if len(ids) > self.max_length:
                 dropped = text[whole.offsets[self.max_length - 1][0] :]

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError
-from kandinsky.embedding import Embedding, OnStep, Timesteps
+from kandinsky.embedding import Embedding, OnStep
 from kandinsky.sampling import ImageEmbeds
+from kandinsky.schedulers import Timesteps
 
 LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 OUTPUT_TYPES = ("pil", "pt", "latent")
@@ -81,9 +82,10 @@ class Requests(Embedding):
         num_images = words.num_prompts * images_per_prompt
         full_size, latent_shape = self._full_size(size)
         latents = arguments.noise(latents, ((num_images, *latent_shape),))
-        self.seeds = arguments.seeds(seed, num_images)
+        seeds = arguments.seeds(seed, num_images)
         prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_", runs=bool(words.texts))
         self._check_weights(words, guidance_scale, output_type != "latent" or "pictures" in lists)
+        self.seeds = seeds
         return Request(
             words=words,
             images_per_prompt=images_per_prompt,
@@ -121,8 +123,8 @@ class Requests(Embedding):
         return (height, width), (self.unet_config.latent_channels, height // f, width // f)
 
     def _check_weights(self, words: Words, guidance_scale: float, needs_movq: bool) -> None:
-        """The files of all networks that will be read, whether they go together, and the zero image where it
-        is led away from."""
+        """The files of all networks that will be read, whether they go together, and the zero image's
+        embedding, where guidance will need it."""
         made, read = self.unet_config.latent_channels, self.movq_config.latent_channels
         if needs_movq and made != read:
             raise CheckpointError(

@@ -91,10 +91,10 @@ def from_config(
         known = name.startswith("_") or name in layout.fields or name in layout.ignored
         if known or value == wanted or (wanted is None and value is False):
             continue
-        raise CheckpointError(f"{source}: {name} is {value!r}; modelled is only {wanted or 'null or false'}")
+        raise CheckpointError(f"{source}: {name} is {value!r}; only {wanted or 'null or false'} is supported")
     if scheduler_class is UnCLIPScheduler and "prediction_type" not in published:
         raise CheckpointError(
-            f"{source} lacks prediction_type, which then means 'epsilon'; modelled is only sample"
+            f"{source} lacks prediction_type, which then means 'epsilon'; only sample is supported"
         )
     values = {}
     for name, (argument, default) in layout.fields.items():

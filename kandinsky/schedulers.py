@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kandinsky import arguments
+
 Timesteps = list[tuple[int, int]]  # (t, t_prev), most noise first
 Earlier = tuple[int, Tensor] | None  # timestep and predicted clean sample of the step before
 
@@ -38,7 +40,8 @@ def cosine_betas(num_train_steps: int) -> Tensor:
 
 
 class Scheduler:
-    """What all share: the table of signal levels, and noising."""
+    """What all share: the table of signal levels, and noising. What a loop asks besides: `timesteps`,
+    `draws_noise`, and a `step` as NoiseScheduler's or UnCLIPScheduler's."""
 
     predicts_variance = False  # whether `step` reads a variance of the network
 
@@ -59,13 +62,16 @@ class Scheduler:
         alpha_bar = self.alphas_cumprod[t]
         return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * noise
 
+    def timesteps(self, num_steps: int) -> Timesteps:
+        """The pairs (t, t_prev) of a loop of so many steps, 1 to num_train_steps."""
+        raise NotImplementedError
+
+    def draws_noise(self, t: int, t_prev: int) -> bool:
+        """Whether `step` needs noise there."""
+        raise NotImplementedError
+
     def _check_num_steps(self, num_steps: int) -> None:
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int):
-            given = f"{num_steps!r} of type {type(num_steps).__name__}"
-            raise TypeError(f"the number of inference steps is {given}; an int is needed")
-        if not 1 <= num_steps <= self.num_train_steps:
-            given = f"the number of inference steps is {num_steps}"
-            raise ValueError(f"{given}; allowed is 1 to {self.num_train_steps}")
+        arguments.whole(num_steps, "the number of inference steps", 1, self.num_train_steps)
 
 
 class NoiseScheduler(Scheduler):
@@ -217,7 +223,9 @@ class DPMSolverScheduler(NoiseScheduler):
             raise ValueError(
                 "dpm++ has no use for a learned variance; this scheduler's variance is learned_range"
             )
-        return cls(len(scheduler.betas), scheduler.beta_start, scheduler.beta_end)
+        solver = cls(scheduler.num_train_steps)
+        solver.betas, solver.alphas_cumprod = scheduler.betas, scheduler.alphas_cumprod
+        return solver
 
     def timesteps(self, num_steps: int) -> Timesteps:
         """Evenly spaced from the noisiest, 999, towards the clean sample; of 1000 only 999 differ."""

@@ -9,8 +9,8 @@
 The network of ADM (arXiv:2105.05233) with text replaced by a picture. The first four output channels are the
 noise, the last four its variance. The variants differ at the entrance only: inpainting reads 9 channels
 (noisy latents, masked picture's latents, mask); the hint form adds the features of a depth map, made by
-`add_embedding.input_hint_block`; 2.1 reads the prompt too, as 10 image tokens and then one per text token,
-and as the pooled text in temb.
+`add_embedding.input_hint_block`; in 2.1 attention reads 10 tokens of the image embedding and then one for
+each token of the prompt, and temb takes in the whole prompt's embedding.
 
 What the timestep and the image embedding give to each block does not depend on the noise. `Conditioning`
 holds it by module, so the walk through the blocks (`denoise`) is written once: `forward` makes it for one

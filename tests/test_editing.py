@@ -412,8 +412,9 @@ def test_all_prompts_of_a_mix_share_one_run_of_the_prior(pipe):
 
 def test_weights_that_do_not_sum_to_one_are_used_with_a_warning(pipe):
     row = randn(EMBEDDING_DIM)
-    with pytest.warns(UserWarning, match="the weights sum to 1.5, not to 1; they are used as given"):
+    with pytest.warns(UserWarning, match="the weights sum to 1.5, not to 1; they are used as given") as seen:
         out = pipe.mix([row, row], [1, 0.5])
+    assert seen[0].filename == __file__  # the caller's line
     assert torch.equal(out.image_embeds, 1.5 * row[None])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -427,6 +428,11 @@ def test_steps_of_embed_from_and_mix_are_seen_and_can_stop(pipe):
     assert [step.t for step in seen] == [400, 200, 0]
     assert pipe.embed_from(picture(9, 9), PROMPT, on_step=lambda step: False) is None
     assert pipe.mix([PROMPT], [1], on_step=lambda step: False) is None
+
+
+def test_noise_for_a_prior_that_does_not_run_is_refused(pipe):
+    with pytest.raises(ValueError, match="latents is the prior's noise, .* there is no prompt to mix"):
+        pipe.mix([randn(EMBEDDING_DIM)], [1.0], latents=randn(1, EMBEDDING_DIM))
 
 
 def test_keep_loaded_false_edits_too(inpaint_folder, inpainter):

@@ -436,6 +436,9 @@ def test_nothing_that_settings_name_is_opened(decoder_folder, inpaint_folder, fi
     argv = [*again, "--weights", decoder_folder, "--image", "dog.png"]
     assert run("img2img", *argv) == 0
     assert "--image is another file than the picture was made from" in capsys.readouterr().err
+    assert run("text2img", "cat", "--weights", decoder_folder, *QUICK, "--out", "plain.png") == 0
+    assert run("text2img", "--from-png", "plain.png", "--weights", decoder_folder, "--image", "cat.png") == 2
+    assert "made from no other file; leave --image out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

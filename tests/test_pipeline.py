@@ -1,5 +1,6 @@
 """`embed` and `text2img` against diffusers' pipelines from the same seed, and what only ours does."""
 
+import copy
 import itertools
 import json
 import random
@@ -31,9 +32,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, schedulers
+from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, parts, schedulers
 from kandinsky.cli import WEIGHTS
-from kandinsky.config import MoVQConfig, PriorConfig, read_config
+from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
 from kandinsky.movq import MoVQ
 from kandinsky.parts import compute_zero_image_embeds
 from kandinsky.prior import Prior
@@ -318,6 +319,10 @@ def test_on_step_sees_every_step_and_can_stop_without_decoding(pipe):
     prior_steps = []
     assert pipe.embed(PROMPT, seed=0, on_step=lambda step: prior_steps.append(step.t) or False) is None
     assert prior_steps == [999]
+    for enough in (np.bool_(False), torch.tensor(False), torch.zeros(1) > 1):
+        assert pipe.embed(PROMPT, seed=0, on_step=lambda step: enough) is None
+    for other in (0, None, "", [], np.float32(0), torch.tensor(True)):  # what a function happens to return
+        assert pipe.embed(PROMPT, num_inference_steps=1, seed=0, on_step=lambda step: other) is not None
 
 
 @pytest.mark.parametrize("sampler", [None, "dpm++"])
@@ -477,14 +482,17 @@ def test_a_decoder_alone_draws_embeds(decoder_folder, tmp_path, pipe):
         lambda: alone.embed(PROMPT),
     ):
         with pytest.raises(
-            CheckpointError,
-            match="has no prior beside it; pass prior=FOLDER .*weights.py 2.2 --only prior` fetches",
+            CheckpointError, match="has no prior beside it; pass prior=FOLDER .* trained with"
         ):
             call()
     with_prior = Kandinsky.from_pretrained(
         tmp_path / "my-decoder", decoder_folder.parent / "kandinsky-2-2-prior"
     )
     assert torch.equal(our_pictures(with_prior, 1, prompt=PROMPT), our_pictures(pipe, 1, prompt=PROMPT))
+    (tmp_path / "my-decoder" / "unet" / "config.json").write_text(json.dumps(UNetConfig().published()))
+    official = Kandinsky.from_pretrained(tmp_path / "my-decoder")
+    with pytest.raises(CheckpointError, match="pass prior=FOLDER .*weights.py 2.2 --only prior` fetches one"):
+        official.embed(PROMPT)
 
 
 def test_parts_can_be_replaced_and_are_then_kept(decoder_folder):
@@ -525,6 +533,69 @@ def test_replaced_networks_bring_their_own_sizes_and_task(pipe):
         pipe.text2img(PROMPT)
 
 
+class Own(schedulers.NoiseScheduler):
+    """DDIM without its class."""
+
+    def timesteps(self, num_steps):
+        return schedulers.DDIMScheduler().timesteps(num_steps)
+
+    def draws_noise(self, t, t_prev):
+        return False
+
+    def step(self, eps, x, t, t_prev, noise=None, variance=None, earlier=None):
+        return schedulers.DDIMScheduler().step(eps, x, t, t_prev)
+
+
+def test_any_scheduler_of_the_kind_drives_the_loop(pipe):
+    pictures = {}
+    for scheduler in (Own(), schedulers.DDIMScheduler(), schedulers.DPMSolverScheduler()):
+        pipe.scheduler = scheduler
+        pictures[type(scheduler).__name__] = our_pictures(pipe, 1, prompt=PROMPT)
+    assert torch.equal(pictures["Own"], pictures["DDIMScheduler"])
+    assert torch.equal(pictures["DPMSolverScheduler"], our_pictures(pipe, 1, prompt=PROMPT, sampler="dpm++"))
+    pipe.scheduler = schedulers.NoiseScheduler()
+    with pytest.raises(NotImplementedError):
+        our_pictures(pipe, 1, prompt=PROMPT)
+
+
+def test_a_process_may_go_to_another_folder(decoder_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(decoder_folder.parent)
+    given = {"prior": "kandinsky-2-2-prior"}
+    pipes = [Kandinsky.from_pretrained(decoder_folder.name, **more) for more in ({}, given)]
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(*(our_pictures(pipe, 1, prompt=PROMPT) for pipe in pipes))
+
+
+def test_a_call_that_is_refused_leaves_the_last_seeds(pipe):
+    pipe.seeds = [5]
+    image = Image.new("RGB", (8, 8))
+    for call in (
+        lambda: pipe.embed(PROMPT, seed=9, num_inference_steps=0),
+        lambda: pipe.embed_from(image, PROMPT, seed=9, latents=randn(1)),
+        lambda: pipe.mix([PROMPT], [1.0], seed=9, latents=randn(1)),
+        lambda: pipe.text2img(PROMPT, seed=9, prior_num_inference_steps=0),
+    ):
+        with pytest.raises(ValueError, match="num_inference_steps|latents"):
+            call()
+    assert pipe.seeds == [5]
+
+
+def test_the_zero_image_outlives_other_networks_that_are_replaced(pipe, monkeypatch):
+    towers = []
+    compute = parts.zero_image_embeds
+    monkeypatch.setattr(parts, "zero_image_embeds", lambda tower: towers.append(1) or compute(tower))
+    assert pipe.zero_image_embeds.shape == (1, EMBEDDING_DIM)
+    pipe.unet, pipe.movq, pipe.prior = pipe.unet, pipe.movq, pipe.prior
+    _ = pipe.zero_image_embeds
+    assert len(towers) == 1
+    pipe.image_encoder = pipe.image_encoder
+    _ = pipe.zero_image_embeds
+    assert len(towers) == 2
+    pipe._constants["zero_image_embeds"] = randn(1, 7)
+    with pytest.raises(ValueError, match=r"the zero image is \(1, 7\); this checkpoint needs"):
+        our_pictures(pipe, 1, prompt=PROMPT)
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
@@ -532,9 +603,9 @@ def test_replaced_networks_bring_their_own_sizes_and_task(pipe):
         (
             "scheduler",
             schedulers.UnCLIPScheduler(),
-            "scheduler is a UnCLIPScheduler; a DDPMScheduler or DDIM",
+            "scheduler is a UnCLIPScheduler; a NoiseScheduler is needed",
         ),
-        ("scheduler", DDPMScheduler, "scheduler is a type; a DDPMScheduler or DDIMScheduler is needed"),
+        ("scheduler", DDPMScheduler, "scheduler is a type; a NoiseScheduler is needed"),
         ("prior_scheduler", schedulers.DDPMScheduler(), "a UnCLIPScheduler is needed"),
         ("tokenizer", str, "tokenizer is a type; a PromptTokenizer is needed"),
     ],
@@ -866,6 +937,23 @@ def test_non_finite_results_stop_the_run(pipe):
         pipe.unet.conv_out.bias.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="the decoder's result is not finite"):
         our_pictures(pipe, 0, prompt=PROMPT)
+
+
+@torch.no_grad()
+def test_what_overflows_in_movq_in_float16_is_computed_in_float32(pipe):
+    pipe.to(dtype=torch.float16)
+    for half in (pipe.movq.decoder, pipe.movq.encoder):
+        half.conv_in.weight.copy_(6e4 * half.conv_in.weight.sign())  # float16 ends at 65,504
+    weights = copy.deepcopy(pipe.movq.state_dict())
+    latents = our_pictures(pipe, 0, "latent", prompt=PROMPT)
+    assert not pipe.movq.decode(latents).isfinite().all()
+    picture = our_pictures(pipe, 0, prompt=PROMPT)
+    exact = images.to_unit_range(copy.deepcopy(pipe.movq).float().decode(latents))
+    assert torch.equal(picture, images.crop_to(exact, *picture.shape[-2:]))
+    given = {"prompt": PROMPT, "image": Image.new("RGB", (32, 32), "red"), "strength": 0}
+    assert pipe.img2img(**given, output_type="pt").isfinite().all()
+    assert pipe.movq.dtype == torch.float16
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.movq.state_dict().items())
 
 
 def test_a_decoded_picture_that_is_not_finite_stops_the_run(pipe):

@@ -7,7 +7,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from kandinsky import ImageEmbeds
 from kandinsky.scheduler_files import from_config
-from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler, cosine_betas
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM
 from tests.test_images import picture
@@ -79,6 +79,8 @@ def test_a_learned_variance_is_refused_and_other_schedules_are_taken_over():
     solver = DPMSolverScheduler.of(other)
     assert torch.equal(solver.alphas_cumprod, other.alphas_cumprod) and not solver.clip_sample
     assert solver.timesteps(2) == [(499, 250), (250, -1)]  # 249.5 goes to the even one
+    other.alphas_cumprod = torch.cumprod(1 - cosine_betas(500), dim=0)  # as a subclass may have it
+    assert torch.equal(DPMSolverScheduler.of(other).alphas_cumprod, other.alphas_cumprod)
 
 
 @pytest.mark.slow

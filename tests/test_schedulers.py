@@ -167,11 +167,11 @@ def test_official_files_load_and_our_defaults_are_theirs():
             {"_class_name": "PNDMScheduler"},
             "_class_name is 'PNDMScheduler'; allowed are DDPMSch",
         ),
-        ("2.2 decoder", {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; modelled is only linear"),
+        ("2.2 decoder", {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; only linear is supported"),
         (
             "2.2 decoder",
             {"prediction_type": "sample"},
-            "prediction_type is 'sample'; modelled is only epsilon",
+            "prediction_type is 'sample'; only epsilon is supported",
         ),
         ("2.2 decoder", {"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'"),
         (
@@ -182,7 +182,7 @@ def test_official_files_load_and_our_defaults_are_theirs():
         (
             "2.2 decoder",
             {"trained_betas": [0.1]},
-            r"trained_betas is \[0.1\]; modelled is only null or false",
+            r"trained_betas is \[0.1\]; only null or false is supported",
         ),
         ("2.2 decoder", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
         ("2.2 decoder", {"_class_name": []}, r"_class_name is \[\]; allowed are DDPM"),
@@ -192,8 +192,8 @@ def test_official_files_load_and_our_defaults_are_theirs():
         ("2.1 ddpm", {"dynamic_thresholding_ratio": 3.0}, "dynamic_thresholding_ratio is 3.0; allowed is"),
         ("2.2 decoder", {"steps_offset": "1"}, "steps_offset is '1'; a int is needed"),
         ("2.2 decoder", {"clip_sample": None}, "clip_sample is None; a bool is needed"),
-        ("2.1", {"something_new": 2}, "something_new is 2; modelled is only null or false"),
-        ("prior", {"prediction_type": "epsilon"}, "prediction_type is 'epsilon'; modelled is only sample"),
+        ("2.1", {"something_new": 2}, "something_new is 2; only null or false is supported"),
+        ("prior", {"prediction_type": "epsilon"}, "prediction_type is 'epsilon'; only sample is supported"),
         ("prior", {"variance_type": "learned_range"}, "variance_type is 'learned_range'"),
     ],
 )
