@@ -222,26 +222,29 @@ def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "machine", {"device": where, "torch": torch.__version__}
     half, args.dtype = "bfloat16", "bfloat16" if args.device.type == "cuda" else args.dtype
     networks = ["unet", "prior", "movq", "text_encoder"]
-    yield from measure_convolutions(args)
+    yield "convolutions", attempt(lambda args, _: dict(measure_convolutions(args)), args, "")
     for name in ("unet", "movq", "prior"):
         args.side = 512
         yield f"kernels of {name}", attempt(measure_kernels, args, name)
     yield from measure_cuda_parts(args, [(half, networks, 512, False)])
-    if args.weights != DECODER:
-        vars(args).update(dtype=half, compile="both")
-        sizes = [(512, 1), (1024, 1), (512, 8)]
-        for name in pipelines(args):
-            yield f"pictures, {name}", attempt(partial(measure_pipeline, sizes=sizes), args, name)
-    vars(args).update(dtype=half, side=512)
-    yield "ladder of unet", attempt(measure_ladder, args, "unet")
-    plan = [
-        (half, ["unet", "movq"], 1024, False),
-        ("float32", networks, 512, False),
-        ("float16", networks, 512, False),
-        (half, ["unet"], 512, True),
-        (half, ["zero_image"], 512, False),
-    ]
-    yield from measure_cuda_parts(args, plan)
+    for name in ("unet", "movq"):
+        vars(args).update(dtype=half, side=512)
+        yield f"ladder of {name}", attempt(measure_ladder, args, name)
+    yield from measure_cuda_parts(args, [(half, ["unet", "movq"], 1024, False)])
+    yield from measure_cuda_pictures(args, ["diffusers", "kandinsky", "kandinsky, optimized"])
+    yield from measure_cuda_parts(args, [(dtype, networks, 512, False) for dtype in ("float32", "float16")])
+    yield from measure_cuda_pictures(args, ["kandinsky, --low-memory", "diffusers, compiled"])
+    yield from measure_cuda_parts(args, [(half, ["unet"], 512, True), (half, ["zero_image"], 512, False)])
+
+
+def measure_cuda_pictures(args, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of a checkpoint of one's own; one size where every network is read, and captured, for each picture."""
+    if args.weights == DECODER:
+        return
+    vars(args).update(dtype="bfloat16", compile="both")
+    for name in names:
+        sizes = [(512, 1)] if "--low-memory" in name else [(512, 1), (1024, 1), (512, 8)]
+        yield f"pictures, {name}", attempt(partial(measure_pipeline, sizes=sizes), args, name)
 
 
 def measure_cuda_parts(args, plan: list[tuple[str, list[str], int, bool]]) -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,12 @@
 """What `benchmark.py` times of single networks: ours, plain and optimized, in turn with diffusers'."""
 
 import gc
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -90,9 +92,10 @@ def unet_runs(args, config: Any) -> Runs:
     image_embeds, plans = randn(2, config.embedding_dim, seed=1).to(args.device), {}
 
     def ours(unet: UNet) -> Tensor:
-        if unet not in plans:
-            plans[unet] = prepare(args, unet, 1)
-        return unet.step(x, plans[unet], 0)
+        which = unet, getattr(unet, "rewrites", ())  # an optimized one may lay its plan out otherwise
+        if which not in plans:
+            plans[which] = prepare(args, unet, 1)
+        return unet.step(x, plans[which], 0)
 
     def theirs(unet: nn.Module) -> Tensor:
         t, added = torch.tensor([681, 681], device=args.device), {"image_embeds": image_embeds.to(unet.dtype)}
@@ -121,6 +124,8 @@ PARTS = {
 }
 FIELDS = {"zero_image": "image_encoder"}  # of `random_weights.Size`, where they have another name
 KERNELS = 20  # that are listed
+ON_A_GPU = 10  # calls between two moments at which the device is waited for: as in a loop
+FASTEST = "cuDNN's fastest"
 SIZED = ("unet", "movq")
 
 
@@ -164,7 +169,8 @@ def measure_part(args, name: str) -> Result:
     with roofline.Work() as work:
         away = {"ours": away_from_exact("ours")}
     away = {key: away[key] if key in away else away_from_exact(key) for key in subjects}
-    timed = {key: stopwatch(args, subject, call, times) for key, (subject, call, times) in subjects.items()}
+    calls = calls_at_once(args)
+    timed = {key: stopwatch(args, subject, call, n, calls) for key, (subject, call, n) in subjects.items()}
     # warm from the call before, but for a graph, which is captured at the second
     seconds = in_turn(args.runs, timed, warm_up=1 if args.device.type == "cuda" else 0)
     result = {"seconds": seconds, "relative_l2": away}
@@ -205,54 +211,82 @@ def measure_ladder(args, name: str) -> Result:
     model, (ours, _, _) = random_part(args, name)
     model = model.to(getattr(torch, args.dtype))
     exact, timed, away = ours(model).float(), {}, {}
-    for rung, rewrites in rungs(model).items():
+    on_gpu = args.device.type == "cuda"
+    for rung, rewrites in rungs(model, on_gpu).items():
 
-        def once(rewrites: tuple[str, ...] = rewrites) -> float:
+        def once(rung: str = rung, rewrites: tuple[str, ...] = rewrites) -> float:
             restore(model)
             optimize(model, rewrites)
-            for _ in range(2 if args.device.type == "cuda" else 1):  # MoVQ's graph is captured at the second
-                ours(model)
-            return stopwatch(args, model, ours, 1)()
+            with choosing(FASTEST in rung):
+                for _ in range(2 if on_gpu else 1):  # MoVQ's graph is captured at the second
+                    ours(model)
+                return stopwatch(args, model, ours, 1, calls_at_once(args))()
 
         timed[rung] = once
         restore(model)
         optimize(model, rewrites)
-        away[rung] = distance(ours(model).float(), exact)
+        with choosing(FASTEST in rung):
+            away[rung] = distance(ours(model).float(), exact)
     return {"seconds": in_turn(args.runs, timed), "relative_l2": away}
 
 
-def rungs(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Each rewrite that changes this network, alone, then all up to it. Winograd is of packed layers."""
+@contextmanager
+def choosing(fastest: bool) -> Iterator[None]:
+    """Whether cuDNN tries its convolutions out, or goes by its rules."""
+    torch.backends.cudnn.benchmark = fastest
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = False
+
+
+def rungs(model: nn.Module, on_gpu: bool = False) -> dict[str, tuple[str, ...]]:
+    """Each rewrite that changes this network, alone, then all up to it; on a GPU all of them with cuDNN's
+    fastest convolutions, too. Winograd is of packed layers."""
     changed = [rewrite for rewrite, count in optimize(model).items() if count]
     restore(model)
     needed = {"winograd": ("packed weights", "winograd")}
     alone = {rewrite: needed.get(rewrite, (rewrite,)) for rewrite in changed}
     sums = {f"up to {changed[i]}": tuple(changed[: i + 1]) for i in range(1, len(changed))}
-    return {"plain": ()} | alone | sums
+    chosen = {f"all, {FASTEST}": tuple(changed)} if on_gpu else {}
+    return {"plain": ()} | alone | sums | chosen
 
 
 @torch.no_grad()
 def measure_kernels(args, name: str) -> Result:
-    """Milliseconds of one call of ours with every rewrite (of the prior: a whole loop): by the clock, of all
-    its kernels, of the longest. What the kernels do not explain, the GPU waits for."""
+    """Milliseconds of one call of ours with every rewrite (of the prior: a whole loop): by the clock, as one
+    of several that follow each other, of all its kernels, of the longest and how many of a kind there are.
+    What the kernels do not explain, the GPU waits for."""
     model, (ours, _, _) = random_part(args, name)
     model = model.to(getattr(torch, args.dtype))
     optimize(model)
     timed = {"clock": stopwatch(args, model, ours, 1)}
-    seconds = in_turn(args.runs, timed, warm_up=2)["clock"]  # MoVQ's graph is captured at the second
+    timed["in a row"] = stopwatch(args, model, ours, 1, calls_at_once(args))
+    seconds = in_turn(args.runs, timed, warm_up=2)  # MoVQ's graph is captured at the second
     with torch.profiler.profile() as profile:
         ours(model)
         roofline.synchronize(args.device)
     on_gpu = args.device.type == "cuda"
     events = [e for e in profile.key_averages() if not on_gpu or e.device_type == DeviceType.CUDA]
-    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
-    most = sorted(spent.items(), key=lambda item: -item[1])[:KERNELS]
-    return {
-        "clock": round(1e3 * statistics.median(seconds), 3),
-        "all kernels": round(sum(spent.values()) / 1e3, 3),
-        "number of kernels": sum(e.count for e in events),
-        "kernels": {kernel[:100]: round(time / 1e3, 3) for kernel, time in most},
+    result = {key: round(1e3 * statistics.median(taken), 3) for key, taken in seconds.items()}
+    if not events:
+        return result | {"error": "the profiler saw no kernel"}
+    spent: dict[str, list[float]] = {}  # milliseconds, count
+    for event in events:
+        time_of, count = spent.setdefault(shortened(event.key), [0.0, 0])
+        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        spent[shortened(event.key)] = [time_of + micros / 1e3, count + event.count]
+    most = sorted(spent.items(), key=lambda item: -item[1][0])[:KERNELS]
+    return result | {
+        "all kernels": round(sum(time_of for time_of, _ in spent.values()), 3),
+        "number of kernels": sum(count for _, count in spent.values()),
+        "kernels": {kernel: [round(time_of, 3), count] for kernel, (time_of, count) in most},
     }
+
+
+def shortened(kernel: str) -> str:
+    """A kernel's name without what PyTorch's all begin with; what they do stands behind it."""
+    return re.sub(r"void |at::native::|\(anonymous namespace\)::", "", kernel)[:200]
 
 
 def random_part(args, name: str) -> tuple[nn.Module, Runs]:
@@ -272,17 +306,22 @@ def randomize_there(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def stopwatch(args, subject: nn.Module, call: Callable, times: int) -> Callable[[], float]:
-    """Seconds of `times` equal calls, of which one is made."""
+def stopwatch(args, subject: Any, call: Callable, times: int, calls: int = 1) -> Callable[[], float]:
+    """Seconds of `times` equal calls, by the mean of so many `calls`."""
 
     def once() -> float:
         roofline.synchronize(args.device)
         start = time.perf_counter()
-        call(subject)
+        for _ in range(calls):
+            call(subject)
         roofline.synchronize(args.device)
-        return times * (time.perf_counter() - start)
+        return times * (time.perf_counter() - start) / calls
 
     return once
+
+
+def calls_at_once(args) -> int:
+    return ON_A_GPU if args.device.type == "cuda" else 1
 
 
 def whole_picture(parts: dict[str, Any], steps: int = 50) -> dict[str, list[float]]:
@@ -309,11 +348,11 @@ def measure_convolutions(args) -> Iterator[tuple[str, dict[str, float]]]:
         rates = {}
         for order, chosen in product((torch.contiguous_format, torch.channels_last), (False, True)):
             like = {"dtype": getattr(torch, args.dtype), "device": args.device}
-            x = torch.ones(2, width, side, side, **like).to(memory_format=order)
-            weight = torch.ones(width, width, 3, 3, **like).to(memory_format=order)
-            torch.backends.cudnn.benchmark = chosen
-            seconds = roofline.fastest(lambda: nn.functional.conv2d(x, weight, padding=1), args.device)
-            torch.backends.cudnn.benchmark = False
-            kind = str(order).removeprefix("torch.") + ", cuDNN's fastest" * chosen
+            x = torch.randn(2, width, side, side, **like).to(memory_format=order)
+            weight = torch.randn(width, width, 3, 3, **like).to(memory_format=order)
+            with choosing(chosen):
+                call = lambda: nn.functional.conv2d(x, weight, padding=1)  # noqa: E731
+                seconds = roofline.fastest(call, args.device, calls=calls_at_once(args))
+            kind = str(order).removeprefix("torch.") + f", {FASTEST}" * chosen
             rates[kind] = round(2 * 9 * x.numel() * width / seconds / 1e12, 2)
         yield f"convolution {width} at {side}", rates

@@ -21,9 +21,10 @@ def measure_pipeline(args, name: str, sizes: list[tuple[int, int]]) -> dict[str,
     peak of the device's memory in GiB. sizes: (pixels, pictures at once), the first's is the first picture's;
     what is compiled draws that alone, as it is compiled anew for every size."""
     result: dict[str, Any] = {"seconds": {}, "gib": {}}
+    make = pipelines(args)[name]
     forget_peak(args)
     start = time.perf_counter()
-    draw = pipelines(args)[name]()
+    draw = make()
     draw(*sizes[0])
     roofline.synchronize(args.device)
     result["first"] = time.perf_counter() - start
