@@ -1,11 +1,13 @@
 """What the scripts share: one-line errors, the flags that mean the same everywhere, and where weights lie."""
 
+import math
 import sys
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from kandinsky import arguments
 
@@ -29,6 +31,27 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         # no "(default: None)" behind flags whose help says what absence means
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """For a flag's `type`: an int of at least so much."""
+    return partial(_at_least, int, least)
+
+
+def real(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The same for a finite number, up to `most`."""
+    return partial(_at_least, float, least, most=most)
+
+
+def _at_least(kind: type, least: float, text: str, most: float = math.inf) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
+    if not (least <= value <= most and math.isfinite(value)):
+        allowed = f"{least} and more" if most == math.inf else f"{least} to {most}"
+        raise ArgumentTypeError(f"{text} is out of range; allowed is {allowed}")
+    return value
 
 
 def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from kandinsky import images
+from kandinsky import arguments, images
 from kandinsky.checkpoint import CheckpointError, atomic_file, open_safetensors, write_safetensors
 from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.optimize import is_optimized
@@ -52,6 +52,17 @@ class Settings:
     seed: int = 0
     save_every: int = 200
     sample_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "sample_every"):
+            arguments.whole(getattr(self, name), name)
+        for name in ("warmup", "seed"):
+            arguments.whole(getattr(self, name), name, 0)
+        for name in ("learning_rate", "weight_decay", "max_norm"):
+            if arguments.number(getattr(self, name), name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed is 0 and more")
+        for name in ("decay", "beta2", "ema"):
+            arguments.share(getattr(self, name), name)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: up in a line, level, and down to zero in a line."""
@@ -213,7 +224,7 @@ class Trainer:
         if main:
             self._forget_later_metrics()
         bar = tqdm(total=settings.steps, initial=self.step, disable=not (progress and main), mininterval=1)
-        with ThreadPoolExecutor(1) as ahead:
+        with bar, ThreadPoolExecutor(1) as ahead:
             batches = self._batches(ahead)
             while self.step < settings.steps:
                 started = time.perf_counter()
@@ -227,7 +238,6 @@ class Trainer:
                     self.save()
                 if main and (self.step % settings.sample_every == 0 or last):
                     self.sample()
-        bar.close()
         if world_size() > 1:
             distributed.barrier()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kandinsky import arguments
+from kandinsky import arguments, cli
 from kandinsky.datasets import Dataset, Folder, Shapes
 from kandinsky.lora import add_lora, train_only_lora
 from kandinsky.shapes import OBJECT_WEIGHTS
@@ -20,7 +20,9 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; goes on with what is there")
     parser.add_argument("--init", type=Path, help="folder whose weights to start from; default: from nothing")
     parser.add_argument("--data", type=Path, help="folder of captioned pictures; default: kandinsky.shapes")
-    parser.add_argument("--size", type=int, default=64, help="side of the training pictures in pixels")
+    parser.add_argument(
+        "--size", type=cli.whole(1), default=64, help="side of the training pictures in pixels"
+    )
     parser.add_argument(
         "--object-weights",
         nargs=3,
@@ -29,30 +31,42 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
         help="how often kandinsky.shapes draws one, two and three objects to train on, default: "
         f"{' '.join(map(str, OBJECT_WEIGHTS))}; what --out has encoded already is kept",
     )
-    parser.add_argument("--steps", type=int, default=settings.steps, help="updates in all")
-    parser.add_argument("--batch-size", type=int, default=settings.batch_size, help="of each process")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches added up for an update")
-    parser.add_argument("--learning-rate", type=float, default=settings.learning_rate, help="the highest")
-    parser.add_argument("--warmup", type=int, default=settings.warmup, help="steps up to the highest rate")
-    parser.add_argument("--decay", type=float, default=settings.decay, help="share of the steps, at the end")
-    parser.add_argument("--weight-decay", type=float, default=settings.weight_decay, help="of matrices")
-    parser.add_argument("--max-norm", type=float, default=settings.max_norm, help="of the gradient")
-    parser.add_argument("--ema", type=float, default=settings.ema, help="how slowly the saved average moves")
+    parser.add_argument("--steps", type=cli.whole(1), default=settings.steps, help="updates in all")
+    parser.add_argument(
+        "--batch-size", type=cli.whole(1), default=settings.batch_size, help="of each process"
+    )
+    parser.add_argument("--accumulate", type=cli.whole(1), default=1, help="batches added up for an update")
+    parser.add_argument(
+        "--learning-rate", type=cli.real(0), default=settings.learning_rate, help="the highest"
+    )
+    parser.add_argument(
+        "--warmup", type=cli.whole(0), default=settings.warmup, help="steps up to the highest rate"
+    )
+    parser.add_argument(
+        "--decay", type=cli.real(0, 1), default=settings.decay, help="share of the steps, at the end"
+    )
+    parser.add_argument("--weight-decay", type=cli.real(0), default=settings.weight_decay, help="of matrices")
+    parser.add_argument("--max-norm", type=cli.real(0), default=settings.max_norm, help="of the gradient")
+    parser.add_argument(
+        "--ema", type=cli.real(0, 1), default=settings.ema, help="how slowly the saved average moves"
+    )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
-    parser.add_argument("--seed", type=int, default=0, help="of data order, noise and first weights")
-    parser.add_argument("--save-every", type=int, default=settings.save_every, help="steps")
-    parser.add_argument("--sample-every", type=int, default=settings.sample_every, help="steps")
+    parser.add_argument("--seed", type=cli.whole(0), default=0, help="of data order, noise and first weights")
+    parser.add_argument("--save-every", type=cli.whole(1), default=settings.save_every, help="steps")
+    parser.add_argument("--sample-every", type=cli.whole(1), default=settings.sample_every, help="steps")
     parser.add_argument("--device", default="cpu", help="cpu, cuda …; under torchrun each process its own")
 
 
 def add_cache_flags(parser: ArgumentParser) -> None:
     """How a data set is encoded, before training begins."""
     parser.add_argument(
-        "--count", type=int, default=50_000, help="pictures to encode from an endless data set"
+        "--count", type=cli.whole(1), default=50_000, help="pictures to encode from an endless data set"
     )
-    parser.add_argument("--encode-batch", type=int, default=64, help="pictures to encode at once")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read or draw what is encoded")
+    parser.add_argument("--encode-batch", type=cli.whole(1), default=64, help="pictures to encode at once")
+    parser.add_argument(
+        "--workers", type=cli.whole(0), default=0, help="processes that read or draw what is encoded"
+    )
 
 
 def encoding_device(args: Namespace) -> torch.device:
@@ -63,20 +77,13 @@ def encoding_device(args: Namespace) -> torch.device:
 def check_cache_flags(args: Namespace) -> None:
     """Before anything is written."""
     encoding_device(args)
-    for name, value, least in (
-        ("--count", args.count, 1),
-        ("--encode-batch", args.encode_batch, 1),
-        ("--workers", args.workers, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; allowed is {least} and more")
     shapes_of(args)
 
 
 def add_lora_flag(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--lora",
-        type=int,
+        type=cli.whole(1),
         metavar="RANK",
         help="train a LoRA of --init's network, which stays as it is (in bfloat16 with --bf16)",
     )

@@ -29,16 +29,18 @@ def parse_args(argv=None):
     parser.add_argument(
         "--stage", choices=("both", "teacher", "text", "image"), default="both", help="what learns"
     )
-    parser.add_argument("--dim", type=int, default=160, help="of the embeddings; also the text tower's width")
-    parser.add_argument("--text-layers", type=int, default=2, help="of the text tower")
-    parser.add_argument("--image-width", type=int, default=160, help="of the image tower")
-    parser.add_argument("--image-layers", type=int, default=4, help="of the image tower")
-    parser.add_argument("--patch", type=int, default=8, help="side of a patch in pixels")
-    parser.add_argument("--head-dim", type=int, default=32, help="width of an attention head")
-    parser.add_argument("--caption-weight", type=float, default=1.0, help="of the caption head's loss")
-    parser.add_argument("--picture-weight", type=float, default=10.0, help="of the picture head's loss")
     parser.add_argument(
-        "--scene-weight", type=float, default=1.0, help="of the scene head's loss; shapes only"
+        "--dim", type=cli.whole(1), default=160, help="of the embeddings; also the text tower's width"
+    )
+    parser.add_argument("--text-layers", type=cli.whole(1), default=2, help="of the text tower")
+    parser.add_argument("--image-width", type=cli.whole(1), default=160, help="of the image tower")
+    parser.add_argument("--image-layers", type=cli.whole(1), default=4, help="of the image tower")
+    parser.add_argument("--patch", type=cli.whole(1), default=8, help="side of a patch in pixels")
+    parser.add_argument("--head-dim", type=cli.whole(1), default=32, help="width of an attention head")
+    parser.add_argument("--caption-weight", type=cli.real(0), default=1.0, help="of the caption head's loss")
+    parser.add_argument("--picture-weight", type=cli.real(0), default=10.0, help="of the picture head's loss")
+    parser.add_argument(
+        "--scene-weight", type=cli.real(0), default=1.0, help="of the scene head's loss; shapes only"
     )
     training_cli.add_training_flags(parser)
     return parser.parse_args(argv)
@@ -92,6 +94,11 @@ def make_objective(args):
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    for name, value in (("--dim", args.dim), ("--image-width", args.image_width)):
+        if value % args.head_dim:
+            raise ValueError(f"{name} is {value}; it must divide into heads of --head-dim, {args.head_dim}")
+    if args.size % args.patch:
+        raise ValueError(f"--size is {args.size}; it must divide into patches of --patch, {args.patch}")
     objective = make_objective(args)
     training_cli.train(objective, args, EncoderLayer, name=f"training-{args.stage}")
     return 0

@@ -13,15 +13,17 @@ from kandinsky.training import initialize
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 64], help="finest level first")
-    parser.add_argument("--layers", type=int, default=1, help="residual blocks a level")
-    parser.add_argument("--codes", type=int, default=1024, help="size of the codebook")
-    parser.add_argument("--crop", type=int, help="train on crops of so many pixels, the busier ones")
     parser.add_argument(
-        "--adversarial", type=float, default=0.0, help="weight of a discriminator's judgement"
+        "--channels", type=cli.whole(1), nargs="+", default=[32, 64, 64], help="finest level first"
+    )
+    parser.add_argument("--layers", type=cli.whole(1), default=1, help="residual blocks a level")
+    parser.add_argument("--codes", type=cli.whole(1), default=1024, help="size of the codebook")
+    parser.add_argument("--crop", type=cli.whole(1), help="train on crops of so many pixels, the busier ones")
+    parser.add_argument(
+        "--adversarial", type=cli.real(0), default=0.0, help="weight of a discriminator's judgement"
     )
     parser.add_argument(
-        "--latent-noise", type=float, default=0.1, help="added to latents before they are decoded"
+        "--latent-noise", type=cli.real(0), default=0.1, help="added to latents before they are decoded"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float32", help="of the written MoVQ")
     parser.add_argument("--freeze-encoder", action="store_true", help="train what decodes, keep the latents")
@@ -39,6 +41,11 @@ def main(argv=None) -> int:
             tuple(args.channels), args.layers, num_vq_embeddings=args.codes, norm_num_groups=16
         )
         movq = initialize(MoVQ(config), args.seed)
+    if args.size % movq.config.downscale:
+        raise ValueError(f"--size is {args.size}; this MoVQ needs a multiple of {movq.config.downscale}")
+    if args.crop is not None and (args.crop > args.size or args.crop % movq.config.downscale):
+        least = movq.config.downscale
+        raise ValueError(f"--crop is {args.crop}; allowed are multiples of {least} up to --size, {args.size}")
     fresh = next(iter(training_cli.fresh_data_of(args).values()))
     data = training_cli.data_of(args)
     settings = {"adversarial": args.adversarial, "crop": args.crop, "frozen_encoder": args.freeze_encoder}

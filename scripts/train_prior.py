@@ -4,7 +4,6 @@
 """
 
 import sys
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -27,15 +26,21 @@ def parse_args(argv=None):
     parser.add_argument(
         "--clip", type=Path, required=True, help="folder of the CLIP pair, or of another prior"
     )
-    parser.add_argument("--heads", type=int, default=6, help="attention heads")
-    parser.add_argument("--head-dim", type=int, default=32, help="width of a head")
-    parser.add_argument("--layers", type=int, default=4, help="transformer layers")
+    parser.add_argument("--heads", type=cli.whole(1), default=6, help="attention heads")
+    parser.add_argument("--head-dim", type=cli.whole(1), default=32, help="width of a head")
+    parser.add_argument("--layers", type=cli.whole(1), default=4, help="transformer layers")
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written prior")
     parser.add_argument(
-        "--add-layers", type=int, default=0, help="to --init's prior, behind its own; they start as identity"
+        "--add-layers",
+        type=cli.whole(0),
+        default=0,
+        help="to --init's prior, behind its own; they start as identity",
     )
     parser.add_argument(
-        "--noises", type=int, default=4, help="for each caption, at timesteps spread over the schedule"
+        "--noises",
+        type=cli.whole(1),
+        default=4,
+        help="for each caption, at timesteps spread over the schedule",
     )
     parser.add_argument(
         "--train-text",
@@ -44,7 +49,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--own-steps",
-        type=share,
+        type=cli.real(0, 1),
         default=0.0,
         help="share of the samples that a guided step of the prior's own leads to, as when it draws",
     )
@@ -52,13 +57,6 @@ def parse_args(argv=None):
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
     return parser.parse_args(argv)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text} is no share; allowed is 0 to 1")
-    return value
 
 
 @torch.no_grad()
@@ -92,8 +90,6 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     training_cli.check_lora_flag(args)
     training_cli.check_cache_flags(args)
-    if args.add_layers < 0:
-        raise ValueError(f"--add-layers is {args.add_layers}; allowed is 0 and more")
     if args.add_layers and (args.init is None or args.lora is not None):
         raise ValueError("--add-layers adds to --init's prior, and goes without --lora")
     if args.lora is not None and args.train_text:

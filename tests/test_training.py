@@ -506,6 +506,21 @@ def test_rate_rises_stays_and_falls_to_zero():
     assert settings.rate(900) == pytest.approx(1.0) and settings.rate(999) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"steps": 0}, "steps is 0; allowed is 1 and more"),
+        ({"warmup": -1}, "warmup is -1; allowed is 0 and more"),
+        ({"max_norm": -1.0}, "max_norm is -1.0; allowed is 0 and more"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; a finite number is needed"),
+        ({"ema": 2.0}, "ema is 2.0; allowed is 0 to 1"),
+    ],
+)
+def test_settings_that_train_nothing_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)
+
+
 def test_accumulated_batches_are_the_mean_of_both(tmp_path):
     settings = Settings(1, 2, accumulate=2, max_norm=1e9)
     trainer = Trainer(movq_objective(), settings, tmp_path / "a")
