@@ -143,9 +143,9 @@ def instance(value: Any, name: str, classes: tuple[type, ...]) -> Any:
 def prompts(value: Any, name: str = "prompt") -> list[str]:
     """A string or a list of strings -> a list of at least one string."""
     if isinstance(value, str):
-        return [value]
+        return [text(value, name)]
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
-        return list(value)
+        return [text(v, name) for v in value]
     if hasattr(value, "image_embeds"):
         raise TypeError(f"{name} is an {type(value).__name__}; pass it as embeds=")
     given = f"a {type(value).__name__}"
@@ -156,9 +156,11 @@ def prompts(value: Any, name: str = "prompt") -> list[str]:
 
 
 def text(value: Any, name: str) -> str:
-    """One string."""
+    """One string, of characters: a byte of a command line that is no UTF-8 is none."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is a {type(value).__name__}; one string is needed")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} is {value!r}, which is no text: it has bytes that are no UTF-8")
     return value
 
 

@@ -24,19 +24,20 @@ from kandinsky import arguments
 from kandinsky.config import CheckpointError, read_config
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch's zip archive; a bare pickle
 
 Model = TypeVar("Model", bound="Pretrained")
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`: synced and renamed at the end, removed when the block fails."""
+def atomic_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`: synced and renamed at the end, removed when the block fails. Without
+    overwrite a FileExistsError, also where another process has written `path` in the meantime."""
     path = Path(path)
+    if not overwrite and path.exists():
+        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix, delete=False
-    ) as file:
+    start = f".{path.stem[:20]}."  # a file's name has 255 bytes at most
+    with NamedTemporaryFile(dir=path.parent, prefix=start, suffix=path.suffix, delete=False) as file:
         temporary = Path(file.name)
     try:
         yield temporary
@@ -48,6 +49,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # a temporary file starts private to its owner
+        if not overwrite:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # the name is taken now, or another has it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -95,11 +98,18 @@ def open_safetensors(path: Path, device: str | torch.device = "cpu") -> Any:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     except SafetensorError as error:
-        with open(path, "rb") as file:
-            if file.read(4).startswith(_PICKLE_STARTS):
-                message = f"{path} is a pickle, which is never loaded here; {_how_to_convert(path)}"
-                raise CheckpointError(message) from None
+        if _is_pickle(path):
+            message = f"{path} is a pickle, which is never loaded here; {_how_to_convert(path)}"
+            raise CheckpointError(message) from None
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+
+
+def _is_pickle(path: Path) -> bool:
+    """torch's zip archive, or a bare pickle. That begins with 0x80, as the length of a safetensors header
+    may, but there an object of JSON follows."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head.startswith(b"PK\x03\x04") or (head.startswith(b"\x80") and head[8:] != b"{")
 
 
 def _how_to_convert(path: Path) -> str:
@@ -215,12 +225,21 @@ def skeleton() -> Iterator[None]:
         yield
 
 
+class LeftOut(nn.Module):
+    """In place of what a network was read without."""
+
+    def forward(self, *given: Any, **more: Any) -> None:
+        raise RuntimeError("this network was read without what is called here; read the whole, then call it")
+
+
 def _leave_out(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
     """Takes attributes off a network, and says which."""
-    names = (names,) if isinstance(names, str) else tuple(names)
+    if not isinstance(names, (str, tuple, list)):
+        raise TypeError(f"without is {names!r}; names of attributes are needed")
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in names:
         arguments.choice(name, "without", tuple(model._modules))
-        delattr(model, name)
+        setattr(model, name, LeftOut())
     return names
 
 

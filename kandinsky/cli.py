@@ -229,6 +229,18 @@ def free_name(path: Path, overwrite: bool = False) -> Path:
     return candidate
 
 
+def write_free(path: Path, overwrite: bool, write: Callable[[Path], None]) -> Path:
+    """Writes under a `free_name`, or the next one where another process takes it meanwhile; which it was."""
+    while True:
+        candidate = free_name(path, overwrite)
+        try:
+            write(candidate)
+            return candidate
+        except FileExistsError:
+            if overwrite or not candidate.exists():
+                raise
+
+
 def numbered(path: Path, count: int) -> list[Path]:
     """`count` names made of one: the name itself, or with -0, -1 … before the suffix."""
     return [path] if count == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(count)]

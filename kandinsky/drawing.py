@@ -4,6 +4,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,13 @@ def _write(
             warnings.warn(f"the picture cannot be made again from its PNG: {problem}", stacklevel=2)
     paths = []
     for number, name in zip(numbers, cli.numbered(args.out, len(numbers))):
-        path, picture, texts = cli.free_name(name, args.overwrite), pictures[number], None
+        picture, texts = pictures[number], None
         if described is not None:
             texts = metadata.texts(described | {"index": number}, picture.size)
             if problem:  # `parameters` alone is kept
                 del texts[metadata.KEY]
-        images.save_image(picture, path, args.overwrite, texts)
+        save = partial(images.save_image, picture, overwrite=args.overwrite, texts=texts)
+        path = cli.write_free(name, args.overwrite, save)
         print(f"{path} (seed {seeds[number % len(seeds)]})")
         paths.append(path)
     return paths

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow reads seventy more, and most of its security holes lie there
 MAX_PIXELS = 64_000_000
+LONGEST_NAME = 240  # bytes of a file's name, of the 255 that systems allow: a number may be added
 PICTURE = "a PIL picture, a numpy array (h, w, 3) or a tensor (3, h, w)"
 
 # What Pillow raises for files that are cut short or garbage.
@@ -259,9 +261,15 @@ def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
     check_suffix(path, suffixes)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the picture's name too")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise OSError(f"{path} cannot be written: its name is longer than {LONGEST_NAME} bytes")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OSError(f"{path} cannot be written: {parent} is not a folder that can be written to")
+    try:
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError:
+        said = f"{path} cannot be written: {parent} is not a folder that can be written to"
+        raise OSError(said) from None
 
 
 def save_image(
@@ -272,19 +280,13 @@ def save_image(
     texts: kept in the file by key, where it is a PNG; see `metadata.texts`.
     """
     path, file_format = Path(path), check_suffix(path)
-    _check_free(path, overwrite)
     settings = {"format": file_format}
     if texts and file_format == "PNG":
         settings["pnginfo"] = PngInfo()
         for key, text in texts.items():
             settings["pnginfo"].add_text(key, text)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, overwrite) as temporary:
         image.save(temporary, **settings)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
 
 
 def save_animation(
@@ -292,10 +294,9 @@ def save_animation(
 ) -> None:
     """Writes frames that follow each other there and back, as GIF or WebP by the suffix, atomically."""
     path, file_format = Path(path), check_suffix(path, ANIMATIONS)
-    _check_free(path, overwrite)
     frames = frames + frames[-2:0:-1]
     settings = {"save_all": True, "append_images": frames[1:], "duration": round(1000 * seconds), "loop": 0}
-    with atomic_file(path) as temporary:
+    with atomic_file(path, overwrite) as temporary:
         frames[0].save(temporary, format=file_format, **settings)
 
 

@@ -233,8 +233,8 @@ def unload(pipe: Any) -> None:
         changes = pipe.changes.get(name, [])
         merged = max((i + 1 for i, change in enumerate(changes) if change is merge_lora), default=0)
         changes[merged:] = [change for change in changes[merged:] if not isinstance(change, Attach)]
-        if pipe.loaded(name) is not None:
-            remove_lora(pipe.loaded(name))
+    for network in pipe._loaded.values():  # one may have been given to any of them by `add_lora`
+        remove_lora(network)
 
 
 def merge(pipe: Any) -> None:

@@ -9,6 +9,7 @@ picture except importing PyTorch, and CLIP's tokenizer is no more than settings 
 transformers.
 """
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def _read_engine(folder: Path, special: dict[str, Any]) -> Any:
 
     files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
     given = {"end_of_word_suffix": "</w>", "continuing_subword_prefix": ""}
+    _check_merges(folder)
     engine = Tokenizer(models.BPE.from_file(*files, **given, unk_token=special["unk_token"].content))
     for name, token in special.items():
         if engine.token_to_id(token.content) is None:
@@ -155,6 +157,17 @@ def _read_engine(folder: Path, special: dict[str, Any]) -> Any:
     ends = [(token, engine.token_to_id(token)) for token in ends]
     engine.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
     return engine
+
+
+def _check_merges(folder: Path) -> None:
+    """Each merge makes a token of the vocabulary; where the file was cut, some are made by none."""
+    vocabulary, lines = read_json(folder / "vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8")
+    made = {line.replace(" ", "") for line in lines.splitlines()}
+    is_special = re.compile("<.*>").fullmatch
+    longer = [token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and not is_special(token)]
+    count = sum(token in made for token in longer)
+    if count < len(longer):
+        raise ValueError(f"merges.txt makes {count} of {len(longer)} tokens of vocab.json; fetch it again")
 
 
 class MultilingualTokenizer:

@@ -54,9 +54,12 @@ def main(argv=None) -> int:
     steps |= {n: getattr(args, n) for n in ("guidance_scale", "prior_guidance_scale", "sampler")}
     found = explain.trace(pipe, args.prompt, task, args.seed, args.negative_prompt, **steps, **call)
     found.settings |= {"weights": folder.name, "dtype": args.dtype, "device": str(pipe.device)}
-    path = cli.free_name(args.out, args.overwrite)
-    with atomic_file(path) as temporary:
-        temporary.write_text(page(found), encoding="utf-8")
+
+    def write(path: Path) -> None:
+        with atomic_file(path, args.overwrite) as temporary:
+            temporary.write_text(page(found), encoding="utf-8")
+
+    path = cli.write_free(args.out, args.overwrite, write)
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB, seed {found.settings['seed']})")
     return 0
 

@@ -2,11 +2,12 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from kandinsky import ImageEmbeds, cli, drawing, images
+from kandinsky import ImageEmbeds, arguments, cli, drawing, images
 
 
 def make_parser():
@@ -38,8 +39,8 @@ def call_of(args) -> dict:
         raise ValueError("give prompts or --image FILE to mix; see --help")
     if args.frames is not None and (count != 2 or args.mix_weights or args.num_images > 1):
         raise ValueError("--frames leads from one item to another: two items, no weights, one picture each")
-    if args.frames is not None and args.frames < 2:
-        raise ValueError(f"--frames is {args.frames}; at least 2 are needed")
+    if args.frames is not None:
+        arguments.whole(args.frames, "--frames", 2, 1000)
     if args.animation is not None and args.frames is None:
         raise ValueError("--animation is made of --frames; give their number")
     weights = args.mix_weights or [1 / count] * count
@@ -102,9 +103,8 @@ def main(argv=None) -> int:
 
     drawing.draw("mix", call, args, settings, ("kandinsky-2-2-decoder", "mini-decoder"), run)
     if frames:
-        path = cli.free_name(args.animation, args.overwrite)
-        images.save_animation(frames, path, args.overwrite)
-        print(path)
+        save = partial(images.save_animation, frames, overwrite=args.overwrite)
+        print(cli.write_free(args.animation, args.overwrite, save))
     return 0
 
 

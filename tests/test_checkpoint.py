@@ -279,7 +279,10 @@ def test_a_network_is_read_without_what_is_not_called(tmp_path):
     half = MoVQ.from_pretrained(tmp_path, without=TO_ENCODE)
     z = randn(1, 4, 4, 4)
     assert torch.equal(half.decode(z), whole.decode(z))
-    assert set(half.state_dict()) < set(whole.state_dict()) and not hasattr(half, "encoder")
+    assert {name.split(".")[0] for name in half.state_dict()} == {"post_quant_conv", "decoder"}
+    for call in (half.encode, half):
+        with pytest.raises(RuntimeError, match="this network was read without what is called here; read the"):
+            call(randn(1, 3, 16, 16))
     with pytest.raises(
         CheckpointError, match="MoVQ was read without encoder, quant_conv, quantize; read the"
     ):
@@ -287,6 +290,9 @@ def test_a_network_is_read_without_what_is_not_called(tmp_path):
     assert not (tmp_path / "half").exists()
     with pytest.raises(ValueError, match="without is 'codebook'; allowed are 'encoder', "):
         MoVQ.from_pretrained(tmp_path, without="codebook")
+    with pytest.raises(TypeError, match="without is 3; names of attributes are needed"):
+        MoVQ.from_pretrained(tmp_path, without=3)
+    MoVQ.from_pretrained(tmp_path, without=["encoder", "encoder"])
     MoVQ.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     edit_weights(tmp_path, lambda tensors: tensors.pop("encoder.conv_in.bias"))
     with pytest.raises(CheckpointError, match="missing encoder.conv_in.bias"):  # still a whole checkpoint
@@ -335,8 +341,14 @@ def test_garbage_and_pickles_are_refused(folder):
     assert "is not a whole safetensors file" in refusal(folder)
     torch.save({"a": torch.zeros(2)}, folder / WEIGHTS)
     assert "is a pickle, which is never loaded here" in refusal(folder)
-    (folder / WEIGHTS).write_bytes(pickle.dumps({"a": 1}))
-    assert "is a pickle, which is never loaded here" in refusal(folder)
+    for number in range(5 + 1):
+        (folder / WEIGHTS).write_bytes(pickle.dumps({"a": 1}, protocol=number))
+        kind = "is a pickle, which is never loaded here" if number > 1 else "is not a whole safetensors file"
+        assert kind in refusal(folder)
+    (folder / WEIGHTS).write_bytes(
+        (0x7180).to_bytes(8, "little") + b'{"a":'
+    )  # cut short: begins as pickles do
+    assert "is not a whole safetensors file" in refusal(folder)
 
 
 def test_a_folder_with_only_a_pickle_says_how_to_convert_it(folder):

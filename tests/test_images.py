@@ -1,5 +1,8 @@
 """CLIP's preprocessing against transformers' PIL processor; the way out to PIL and files."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessor
 
-from kandinsky import images
+from kandinsky import cli, images
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -65,6 +68,39 @@ def test_an_existing_file_is_kept_unless_overwriting(tmp_path):
     assert path.read_bytes() == before
     images.save_image(picture(8, 5, seed=1), path, overwrite=True)
     assert path.read_bytes() != before
+
+
+def test_a_file_that_appears_while_a_picture_is_written_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "out.png"
+    save = Image.Image.save
+
+    def save_slowly(self, file, **settings):
+        save(self, file, **settings)
+        path.write_bytes(b"another process's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", save_slowly)
+        with pytest.raises(FileExistsError):
+            images.save_image(picture(8, 5), path)
+        assert path.read_bytes() == b"another process's" and [*tmp_path.iterdir()] == [path]
+        path.unlink()
+        assert (
+            cli.write_free(path, False, partial(images.save_image, picture(8, 5))) == tmp_path / "out-1.png"
+        )
+    assert path.read_bytes() == b"another process's" and Image.open(tmp_path / "out-1.png").size == (8, 5)
+
+
+def test_a_long_name_is_written_or_refused_before_the_work(tmp_path):
+    longest = tmp_path / f"{'ü' * 118}.png"  # 240 bytes
+    images.check_writable(longest)
+    images.save_image(picture(8, 5), longest)
+    assert cli.free_name(longest).name.endswith("-1.png")
+    with pytest.raises(OSError, match="its name is longer than 240 bytes"):
+        images.check_writable(tmp_path / f"{'a' * 237}.png")
+    if Path("/proc/self").exists():
+        with pytest.raises(OSError, match="/proc is not a folder that can be written to"):
+            images.check_writable(Path("/proc/out.png"))
+    assert [*tmp_path.iterdir()] == [longest]
 
 
 @pytest.mark.parametrize("name", ["out", "out.bmp", "out.png.gz"])

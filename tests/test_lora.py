@@ -807,6 +807,15 @@ def test_pipeline_loads_by_keys_adds_up_and_unloads_exactly(pipe, files, used_be
     assert torch.equal(draw(pipe), plain)
 
 
+def test_unload_takes_off_what_was_added_to_any_network(pipe):
+    names = {name: set(getattr(pipe, name).state_dict()) for name in ("movq", "unet")}
+    for name in names:
+        add_lora(getattr(pipe, name), 2)
+        assert set(getattr(pipe, name).state_dict()) > names[name]
+    pipe.unload_lora()
+    assert {name: set(getattr(pipe, name).state_dict()) for name in names} == names
+
+
 def test_unloaded_equals_never_loaded(pipe, decoder_folder, files):
     pipe.load_lora(files["both"])
     draw(pipe)

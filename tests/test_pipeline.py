@@ -431,7 +431,7 @@ def test_what_encodes_is_read_only_when_something_is_encoded(decoder_folder, pip
     light.optimize(["merged upsampling", "low spatial norm"])
     picture = our_pictures(light, 3, prompt=PROMPT)
     half = light.loaded("movq")
-    assert {name for name, _ in half.named_children()} == {"post_quant_conv", "decoder"}
+    assert {name.split(".")[0] for name in half.state_dict()} == {"post_quant_conv", "decoder"}
     assert torch.equal(our_pictures(light, 3, prompt=PROMPT), picture) and light.loaded("movq") is half
     assert light.to(dtype=torch.bfloat16).loaded("movq").dtype == torch.bfloat16
     light.to(dtype=torch.float32).restore()

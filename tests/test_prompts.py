@@ -114,6 +114,16 @@ def test_a_broken_file_is_named_in_one_line(tokenizer_folder, tmp_path, name, co
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 5])
+def test_merges_that_were_cut_are_refused(tokenizer_folder, tmp_path, kept):
+    """At the end of a line: each that is left is right."""
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "merges.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
+    with pytest.raises(CheckpointError, match="merges.txt makes .* tokens of vocab.json; fetch it again"):
+        PromptTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
 def test_tokens_that_were_added_are_read_as_transformers_reads_them(tokenizer_folder, tmp_path, file):
     folder = tmp_path / "tokenizer"

@@ -81,6 +81,11 @@ def test_a_drawn_seed_is_printed_and_repeats_the_picture(decoder_folder, tmp_pat
         (["cat", "--steps", "many"], "argument --steps: invalid int value: 'many'; see --help"),
         (["cat", "--colour", "red"], "unrecognized arguments: --colour red; see --help"),
         (["cat", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["a \udcff cat", "--weights", "DECODER"], "prompt is 'a \\udcff cat', which is no text"),
+        (
+            ["cat", "--negative-prompt", "\udcff", "--weights", "DECODER"],
+            "negative_prompt is '\\udcff', which",
+        ),
         (["cat", "--out", "picture.gif"], "picture.gif: cannot write .gif; use .png, .jpg, .jpeg, .webp"),
         (["cat", "--out", "DECODER/unet/config.json/out.png"], "is not a folder that can be written to"),
         (["cat", "--weights", "nowhere"], "decoder: no folder at 'nowhere'"),
@@ -232,3 +237,53 @@ def test_using_the_pipeline_imports_neither_transformers_nor_diffusers(decoder_f
     )
     command = [sys.executable, "-c", code, str(decoder_folder)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (
+            "train_prior",
+            ["--add-layers", "-1"],
+            "argument --add-layers: -1 is out of range; allowed is 0 and",
+        ),
+        ("train_prior", ["--count", "0"], "argument --count: 0 is out of range; allowed is 1 and more"),
+        ("train_prior", ["--workers", "-1"], "argument --workers: -1 is out of range; allowed is 0 and more"),
+        ("train_prior", ["--noises", "0"], "argument --noises: 0 is out of range; allowed is 1 and more"),
+        ("train_prior", ["--lora", "0"], "argument --lora: 0 is out of range; allowed is 1 and more"),
+        ("train_movq", ["--ema", "nan"], "argument --ema: nan is out of range; allowed is 0 to 1"),
+        ("train_movq", ["--ema", "2"], "argument --ema: 2 is out of range; allowed is 0 to 1"),
+        (
+            "train_movq",
+            ["--learning-rate", "-1"],
+            "argument --learning-rate: -1 is out of range; allowed is 0",
+        ),
+        ("train_movq", ["--weight-decay", "inf"], "argument --weight-decay: inf is out of range"),
+        ("train_movq", ["--steps", "-1"], "argument --steps: -1 is out of range; allowed is 1 and more"),
+        ("train_movq", ["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+        ("train_movq", ["--channels", "16", "0"], "argument --channels: 0 is out of range; allowed is 1 and"),
+        ("train_movq", ["--size", "31"], "--size is 31; this MoVQ needs a multiple of 4"),
+        ("train_movq", ["--size", "32", "--crop", "64"], "--crop is 64; allowed are multiples of 4 up to"),
+        ("train_movq", ["--size", "32", "--crop", "6"], "--crop is 6; allowed are multiples of 4 up to"),
+        (
+            "train_decoder",
+            ["--accumulate", "0"],
+            "argument --accumulate: 0 is out of range; allowed is 1 and",
+        ),
+        (
+            "train_decoder",
+            ["--save-every", "0"],
+            "argument --save-every: 0 is out of range; allowed is 1 and",
+        ),
+        ("train_clip", ["--head-dim", "7"], "--dim is 160; it must divide into heads of --head-dim, 7"),
+        ("train_clip", ["--patch", "64", "--size", "32"], "--size is 32; it must divide into patches of"),
+    ],
+)
+def test_numbers_that_train_nothing_are_refused_before_anything_is_made(
+    script, flags, message, tmp_path, capsys
+):
+    folders = {"train_prior": ["--clip"], "train_decoder": ["--clip", "--movq"]}.get(script, [])
+    places = [part for folder in folders for part in (folder, tmp_path)]
+    assert run(script, *places, "--out", tmp_path / "no", *flags) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1 and not (tmp_path / "no").exists()
