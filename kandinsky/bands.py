@@ -21,6 +21,7 @@ from kandinsky.packed import wants_gradient
 
 LARGEST = 2**26  # numbers in a map, of the whole batch; a band has about as many as 64 rows of 1024 px
 BAND = 2**23
+ON_A_GPU = 4  # times as large there, where a band costs launches: 1024 px are one piece
 
 
 class BandedResnetBlock(movq.ResnetBlock):
@@ -34,7 +35,7 @@ class BandedResnetBlock(movq.ResnetBlock):
     def banded(self, x: Tensor, *zq: Tensor) -> Tensor:
         out = convolve_normed(self.norm1, self.conv1, x, *zq)
         out = convolve_normed(self.norm2, self.conv2, out, *zq)
-        for rows in bands(x.shape[2], x.numel()):
+        for rows in bands(x.shape[2], x.numel(), x.device):
             out[:, :, rows] += self.conv_shortcut(x[:, :, rows])
         return out
 
@@ -47,12 +48,16 @@ class BandedDecoder(movq.Decoder):
 
 
 def is_large(x: Tensor, channels: int = 0) -> bool:
-    return x.numel() // x.shape[1] * max(x.shape[1], channels) > LARGEST
+    return x.numel() // x.shape[1] * max(x.shape[1], channels) > LARGEST * _times(x.device)
 
 
-def bands(height: int, numbers: int) -> Iterator[slice]:
+def _times(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else ON_A_GPU
+
+
+def bands(height: int, numbers: int, device: torch.device) -> Iterator[slice]:
     """The rows of a map of that height and so many numbers, as many at a time as make a band."""
-    step = max(1, BAND * height // numbers)
+    step = max(1, BAND * _times(device) * height // numbers)
     return (slice(start, min(start + step, height)) for start in range(0, height, step))
 
 
@@ -73,7 +78,7 @@ def convolve_normed(norm: nn.Module, conv: nn.Conv2d, x: Tensor, *zq: Tensor) ->
     scale, shift = affine(norm, x, *zq)
     shape = (len(x), conv.out_channels, *x.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order_of(x))
-    for rows in bands(x.shape[2], max(x.numel(), out.numel())):
+    for rows in bands(x.shape[2], max(x.numel(), out.numel()), x.device):
         band, start = with_halo(x, rows)
         band = F.silu(applied(band, start, x.shape[2], scale, shift)).to(x.dtype)
         out[:, :, rows] = conv(band)[:, :, rows.start - start : rows.stop - start]
@@ -102,4 +107,5 @@ def applied(band: Tensor, start: int, height: int, scale: Tensor, shift: Tensor)
     rows = torch.arange(start, start + band.shape[2], device=band.device) * scale.shape[2] // height
     scale, shift = (a[:, :, rows, :, None] for a in (scale, shift))
     squares = rearrange(band, "b c h (w s) -> b c h w s", w=scale.shape[3])
-    return rearrange(torch.addcmul(shift, squares, scale), "b c h w s -> b c h (w s)")
+    into = torch.empty_like(squares, dtype=scale.dtype)  # else in an order in which the rest is no view
+    return rearrange(torch.addcmul(shift, squares, scale, out=into), "b c h w s -> b c h (w s)")

@@ -14,10 +14,11 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
                         (`kandinsky.upsampling`)
     low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size;
                         they overwrite the norm's result
-    row bands           MoVQ's maps of more than 64 M numbers go through norm and convolution in bands
-                        (`kandinsky.bands`): no further map of that size for each norm; for smaller ones SiLU
-                        and the skip connection's sum overwrite what they read (`kandinsky.overwriting`)
-    chunked attention   MoVQ's head, as wide as the map, is too wide for fused kernels; rows in chunks (CPU)
+    row bands           MoVQ's maps of more than 64 M numbers, on a GPU 256 M, go through norm and convolution
+                        in bands (`kandinsky.bands`): no further map of that size for each norm; for smaller
+                        ones SiLU and the skip connection's sum overwrite what they read
+                        (`kandinsky.overwriting`)
+    chunked attention   MoVQ's head, as wide as the map, is too wide for fast fused kernels; rows in chunks
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU), of layers with packed weights; their weights are kept twice, the second
                         time four times as large
@@ -133,7 +134,7 @@ def cut_bands(network: nn.Module) -> int:
 
 
 def chunk_attention(network: nn.Module) -> int:
-    return _swap(network, {movq.EncoderAttentionBlock, movq.DecoderAttentionBlock}, on="cpu")
+    return _swap(network, {movq.EncoderAttentionBlock, movq.DecoderAttentionBlock})
 
 
 def use_graph(network: nn.Module) -> int:

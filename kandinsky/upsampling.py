@@ -38,7 +38,7 @@ class MergedUpsampling(Shared):
         b, _, h, w = x.shape
         shape = (b, self.out_channels, 2 * h, 2 * w)
         doubled = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=bands.order_of(x))
-        for rows in bands.bands(h, doubled.numel()):
+        for rows in bands.bands(h, doubled.numel(), x.device):
             band, start = bands.with_halo(x, rows)
             parts = self._convolve(band).unflatten(1, (2, 2, -1))  # (b, 2, 2, c, band's rows + 1, w + 1)
             out, first = doubled[:, :, 2 * rows.start : 2 * rows.stop], rows.start - start

@@ -32,6 +32,17 @@ def test_bands_of_any_height_give_the_same(monkeypatch, numbers, rewrites):
         assert (len(calls) > 2) == (numbers < 2**30)  # it decodes twice
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_rows_stay_in_the_order_of_the_map(order):
+    x = randn(2, 6, 8, 12).to(memory_format=order)
+    scale, shift = randn(2, 6, 4, 3, seed=1), randn(2, 6, 4, 3, seed=2)
+    wide, added = (a.repeat_interleave(2, 2).repeat_interleave(4, 3) for a in (scale, shift))
+    band = bands.applied(x[:, :, 3:7], 3, 8, scale, shift)
+    assert relative_l2(band, (x * wide + added)[:, :, 3:7]) <= 1e-6
+    assert (band.stride(1) == 1) == (order is torch.channels_last) and band.is_contiguous(memory_format=order)
+
+
 @needs_bfloat16_kernels
 @torch.no_grad()
 def test_bands_lie_no_further_from_float32_in_half_precision(monkeypatch):

@@ -1,12 +1,16 @@
 """On a CUDA device: the small pipeline against the CPU's, and half precision against float32."""
 
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kandinsky import Kandinsky, images
-from tests.helpers import relative_l2
+from kandinsky import Kandinsky, fused, images
+from kandinsky.optimize import optimize
+from tests.helpers import randn, relative_l2
+from tests.small import EMBEDDING_DIM
 from tests.test_images import picture
 from tests.test_tasks import half_mask
 
@@ -31,6 +35,7 @@ def test_a_seed_gives_the_cpus_latents(decoder_folder, dtype, allowed):
 
 def test_low_memory_frees_the_device(decoder_folder):
     pipe = Kandinsky.from_pretrained(decoder_folder, device="cuda", keep_loaded=False)
+    _ = torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")  # cuBLAS keeps memory from then on
     before = torch.cuda.memory_allocated()
     pipe.text2img("a red cat", **SETTINGS)
     assert torch.cuda.memory_allocated() <= before + 2**20
@@ -68,6 +73,9 @@ def test_optimized_pictures_are_the_cpus(decoder_folder):
         settings = SETTINGS | {"width": width, "output_type": "pt"}
         expected, pixels = (p.text2img(prompt, **settings) for p in (cpu, pipe))
         assert relative_l2(pixels.cpu(), expected) <= 1e-4
+        assert pipe.unet.graphs and pipe.prior.graphs  # and did not fall back
+    assert fused.can_run(pipe.unet.device, pipe.unet.dtype)
+    assert any(isinstance(module, fused.FusedResnetBlock) for module in pipe.unet.modules())
     pipe.restore()
     pixels = pipe.text2img("a red cat", output_type="pt", **SETTINGS)
     assert relative_l2(pixels.cpu(), cpu.text2img("a red cat", output_type="pt", **SETTINGS)) <= 1e-4
@@ -103,3 +111,45 @@ def test_optimized_hints_and_inpainting_are_the_cpus(inpaint_folder, hint_folder
                 pipe.optimize()
             drawn.append(getattr(pipe, task)("a red cat", **quick, **given).cpu())
         assert relative_l2(drawn[1], drawn[0]) <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["unet", "prior", "movq"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_optimized_networks_lie_no_further_from_float32_in_half_precision(decoder_folder, kind, dtype):
+    """Three calls: as it is, captured, replayed. The median of eight inputs, as for any half precision."""
+    exact = getattr(Kandinsky.from_pretrained(decoder_folder), kind)
+    plain, fast = (
+        getattr(Kandinsky.from_pretrained(decoder_folder, None, "cuda", dtype), kind) for _ in "ab"
+    )
+    optimize(fast)
+    away = {"plain": [], "optimized": []}
+    for seed in range(8):
+        expected = output_of(kind, exact, seed)
+        away["plain"].append(relative_l2(output_of(kind, plain, seed).cpu(), expected))
+        away["optimized"].append(relative_l2(output_of(kind, fast, seed).cpu(), expected))
+    assert fast.graphs
+    assert statistics.median(away["optimized"]) <= 1.3 * statistics.median(away["plain"])
+
+
+def output_of(kind: str, network: Any, seed: int) -> torch.Tensor:
+    given = [randn(2, EMBEDDING_DIM, seed=seed), randn(2, EMBEDDING_DIM, seed=100 + seed)]
+    x, embeds = (tensor.to(network.device) for tensor in given)
+    if kind == "movq":
+        return network.decode(randn(1, 4, 6, 8, seed=seed).to(network.device))
+    if kind == "unet":
+        latents = randn(2, 4, 8, 8, seed=seed).to(network.device)
+        return network.step(latents, network.prepare(embeds, [681]), 0)
+    states = randn(2, 5, EMBEDDING_DIM, seed=200 + seed).to(network.device)
+    mask = torch.arange(5, device=network.device) < torch.tensor([[5], [3]], device=network.device)
+    t = torch.full((2,), 681, device=network.device)
+    return network.step(x, t, network.prefill(embeds, states, mask))
+
+
+def test_the_fused_norm_of_a_large_map():
+    """More moments than are read at once, as at MoVQ's widest level."""
+    norm = torch.nn.GroupNorm(32, 256).cuda().bfloat16()
+    x = (3 + randn(1, 256, 512, 512)).cuda().bfloat16().to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.group_norm(x.float(), 32, norm.weight.float(), norm.bias.float(), norm.eps)
+    with torch.no_grad():
+        assert relative_l2(fused.apply(norm, x, activate=False).float(), expected) <= 4e-3
