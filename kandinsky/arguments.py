@@ -156,11 +156,14 @@ def prompts(value: Any, name: str = "prompt") -> list[str]:
 
 
 def text(value: Any, name: str) -> str:
-    """One string, of characters: a byte of a command line that is no UTF-8 is none."""
+    """One string. Lone surrogates, which Python makes of a command line's bytes that are not UTF-8, are
+    refused."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is a {type(value).__name__}; one string is needed")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} is {value!r}, which is no text: it has bytes that are no UTF-8")
+        raise ValueError(
+            f"{name} is {value!r}, which is no text: it has bytes that are not UTF-8, or half a character"
+        )
     return value
 
 
@@ -229,8 +232,9 @@ def flag(value: Any, name: str) -> bool:
 
 def is_false(value: Any) -> bool:
     """Whether a function of a Step said that it is enough: False, also numpy's or a tensor's."""
-    is_bool = isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool)
-    return is_bool and not value
+    if isinstance(value, Tensor):
+        return value.dtype == torch.bool and value.numel() == 1 and not value
+    return isinstance(value, (bool, np.bool_)) and not value
 
 
 def function(value: Any, name: str) -> Callable | None:

@@ -6,7 +6,8 @@
 At 2048 px one map takes 2 to 4 GB, and norm, scale, shift and SiLU would each make another. In bands the
 norms themselves are not called, and a convolution is called once for each band: hooks on these see that.
 
-Maps smaller than `LARGEST` go the usual way, which is faster, and are overwritten (`kandinsky.overwriting`).
+Maps of up to `LARGEST` numbers, on a GPU `GPU_FACTOR` times that, go the usual way, which is faster; there
+results are overwritten where nobody else sees them (`kandinsky.overwriting`).
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from kandinsky.packed import wants_gradient
 
 LARGEST = 2**26  # numbers in a map, of the whole batch; a band has about as many as 64 rows of 1024 px
 BAND = 2**23
-ON_A_GPU = 4  # times as large there, where a band costs launches: 1024 px are one piece
+GPU_FACTOR = 4  # on a GPU both are so many times larger, as each band costs launches: 1024 px are one piece
 
 
 class BandedResnetBlock(movq.ResnetBlock):
@@ -52,7 +53,7 @@ def is_large(x: Tensor, channels: int = 0) -> bool:
 
 
 def _times(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else ON_A_GPU
+    return 1 if device.type == "cpu" else GPU_FACTOR
 
 
 def bands(height: int, numbers: int, device: torch.device) -> Iterator[slice]:

@@ -6,6 +6,7 @@ is an error that lists them. Models are built on the meta device and handed the 
 exist once in memory.
 """
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -33,11 +34,11 @@ def atomic_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`: synced and renamed at the end, removed when the block fails. Without
     overwrite a FileExistsError, also where another process has written `path` in the meantime."""
     path = Path(path)
-    if not overwrite and path.exists():
+    if not overwrite and os.path.lexists(path):
         raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = f".{path.stem[:20]}."  # a file's name has 255 bytes at most
-    with NamedTemporaryFile(dir=path.parent, prefix=start, suffix=path.suffix, delete=False) as file:
+    around = _around(path)
+    with NamedTemporaryFile(dir=path.parent, prefix=around[0], suffix=around[1], delete=False) as file:
         temporary = Path(file.name)
     try:
         yield temporary
@@ -49,11 +50,35 @@ def atomic_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # a temporary file starts private to its owner
-        if not overwrite:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # the name is taken now, or another has it
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _rename_to_free(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename_to_free(temporary: Path, path: Path) -> None:
+    """Renames where no other process has taken the name: a FileExistsError there."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists; choose another name or allow overwriting") from None
+        os.replace(temporary, path)
+
+
+def _around(path: Path) -> tuple[str, str]:
+    """How the names of a path's temporaries begin and end; a file's name has 255 bytes at most."""
+    return f".{path.stem[:20]}.", path.suffix
+
+
+def temporaries(path: Path) -> list[Path]:
+    """What writers of `path` that were killed have left beside it, or are about to rename."""
+    start, end = map(glob.escape, _around(Path(path)))
+    return list(Path(path).parent.glob(f"{start}*{end}"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,8 +130,8 @@ def open_safetensors(path: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def _is_pickle(path: Path) -> bool:
-    """torch's zip archive, or a bare pickle. That begins with 0x80, as the length of a safetensors header
-    may, but there an object of JSON follows."""
+    """torch's zip archive, or a bare pickle. A pickle begins with 0x80; the length in front of a safetensors
+    header may too, but then `{` is the ninth byte."""
     with open(path, "rb") as file:
         head = file.read(9)
     return head.startswith(b"PK\x03\x04") or (head.startswith(b"\x80") and head[8:] != b"{")

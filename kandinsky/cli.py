@@ -1,6 +1,7 @@
 """What the scripts share: one-line errors, the flags that mean the same everywhere, and where weights lie."""
 
 import math
+import os
 import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
@@ -35,22 +36,24 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 def whole(least: int) -> Callable[[str], int]:
     """For a flag's `type`: an int of at least so much."""
-    return partial(_at_least, int, least)
+    return partial(_parsed, int, least, math.inf, False)
 
 
-def real(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The same for a finite number, up to `most`."""
-    return partial(_at_least, float, least, most=most)
+def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The same for a finite number, up to `most`. above: `least` itself is not allowed."""
+    return partial(_parsed, float, least, most, above)
 
 
-def _at_least(kind: type, least: float, text: str, most: float = math.inf) -> Any:
+def _parsed(kind: type, least: float, most: float, above: bool, text: str) -> Any:
     try:
         value = kind(text)
     except ValueError:
         raise ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
-    if not (least <= value <= most and math.isfinite(value)):
-        allowed = f"{least} and more" if most == math.inf else f"{least} to {most}"
-        raise ArgumentTypeError(f"{text} is out of range; allowed is {allowed}")
+    if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
+        allowed = f"{'above ' * above}{least}{' and more' * (not above)}"
+        raise ArgumentTypeError(
+            f"{text} is out of range; allowed is {allowed if most == math.inf else f'{least} to {most}'}"
+        )
     return value
 
 
@@ -224,20 +227,23 @@ def decoder_folder(weights: str | None, official: str, embedded: str) -> Path:
 def free_name(path: Path, overwrite: bool = False) -> Path:
     """`path`, or with a number before the suffix where it exists and must not be overwritten."""
     number, candidate = 1, path
-    while candidate.exists() and not overwrite:
+    while os.path.lexists(candidate) and not overwrite:
         number, candidate = number + 1, path.with_stem(f"{path.stem}-{number}")
     return candidate
 
 
 def write_free(path: Path, overwrite: bool, write: Callable[[Path], None]) -> Path:
-    """Writes under a `free_name`, or the next one where another process takes it meanwhile; which it was."""
+    """Writes under a `free_name`, or under the next where another process takes that meanwhile.
+
+    Returns the name that was used.
+    """
     while True:
         candidate = free_name(path, overwrite)
         try:
             write(candidate)
             return candidate
         except FileExistsError:
-            if overwrite or not candidate.exists():
+            if overwrite or not os.path.lexists(candidate):
                 raise
 
 

@@ -10,7 +10,6 @@ transfer was killed. It is imported when used, and told to use plain HTTP.
 """
 
 import errno
-import glob
 import hashlib
 import os
 import re
@@ -22,7 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from kandinsky.checkpoint import CheckpointError, open_safetensors, read_json, write_json, write_safetensors
+from kandinsky.checkpoint import (
+    CheckpointError,
+    open_safetensors,
+    read_json,
+    temporaries,
+    write_json,
+    write_safetensors,
+)
 
 RECORD = "downloaded.json"
 ZERO_IMAGE = "zero_image_embeds.safetensors"
@@ -381,7 +387,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
 def _sweep(folder: Path, names: list[str]) -> None:
     """Removes what a killed conversion or write left behind: `atomic_file`'s temporaries of these files."""
     for path in (folder / name for name in names):
-        for orphan in path.parent.glob(f".{glob.escape(path.name)}.*{glob.escape(path.suffix)}"):
+        for orphan in temporaries(path):
             orphan.unlink(missing_ok=True)
 
 

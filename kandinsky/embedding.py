@@ -333,7 +333,9 @@ class Embedding(Parts):
         weights = [arguments.number(weight, f"weights[{i}]") for i, weight in enumerate(weights)]
         checked = []
         for i, item in enumerate(items):
-            found = [item] if isinstance(item, str) else self._pictures_or_rows(item, f"item {i}")
+            name = f"item {i}"
+            is_text = isinstance(item, str)
+            found = [arguments.text(item, name)] if is_text else self._pictures_or_rows(item, name)
             if len(found) != 1:
                 raise ValueError(
                     f"item {i} holds {len(found)} pictures or embeddings; give one for each weight"

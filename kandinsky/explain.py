@@ -196,9 +196,10 @@ def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dic
         words = _decoder_tokens(pipe, call["prompt"])
         maps_of_words = shares[-1][:, NUM_IMAGE_TOKENS_BESIDE_TEXT:].T
         found.word_maps = [(word, _rows(share, estimates[-1])) for word, share in zip(words, maps_of_words)]
-    with pipe.using("movq", without=TO_ENCODE) as movq:
-        for index in chosen:
-            pixels = images.to_unit_range(movq.decode(estimates[index]))
+    if chosen:
+        clean = [estimates[index] for index in chosen]
+        decoded = pipe.in_movq(lambda movq: torch.cat([movq.decode(z) for z in clean]), "a frame", TO_ENCODE)
+        for index, pixels in zip(chosen, images.to_unit_range(decoded).split(len(clean[0]))):
             pixels = images.crop_to(pixels, *reversed(found.picture.size))
             found.frames.append(Frame(index, found.decoder_timesteps[index], images.to_pil(pixels)[0]))
 

@@ -255,7 +255,8 @@ class Parts:
         return self._loaded.get(name)
 
     def change(self, name: str, change: Callable[[Any], None]) -> None:
-        """Does `change(network)` now, where the network is in memory, and each time that it is read."""
+        """Does `change(network)` now, where the network is in memory, and each time that it is read; MoVQ
+        may be read without what encodes, which is a `LeftOut` then."""
         self.changes.setdefault(name, []).append(change)
         if name in self._loaded:
             change(self._loaded[name])
@@ -282,10 +283,12 @@ class Parts:
         if self.prior_folder is None:
             model, dim = ("2.1", 768) if self.unet_config.text else ("2.2", 1280)
             official = self.unet_config.image_dim == dim
-            fetch = f"`python scripts/download_weights.py {model} --only prior` fetches one"
+            hint = "the prior must be the one whose embeddings this decoder was trained on"
+            if official:
+                hint = f"`python scripts/download_weights.py {model} --only prior` fetches one"
             raise CheckpointError(
                 f"{self.decoder_folder} has no prior beside it; pass prior=FOLDER (--prior), or both halves "
-                f"of embeds; {fetch if official else 'it must be the one that it was trained with'}"
+                f"of embeds; {hint}"
             )
         return self.prior_folder
 

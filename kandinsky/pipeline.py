@@ -364,7 +364,7 @@ class Kandinsky(Requests):
         size = request.size
         fitted = [images.pad_to(images.resize(x, *size), *request.full_size) for x in pictures]
         pixels = 2 * torch.stack(fitted).to(self.device) - 1
-        z = self._in_movq(lambda movq: movq.encode(pixels), "the encoded picture")
+        z = self.in_movq(lambda movq: movq.encode(pixels), "the encoded picture")
         return request.rows(list(z))
 
     def _finish(
@@ -373,13 +373,13 @@ class Kandinsky(Requests):
         """Latents as the output type wants them. retouch: is done to the pixels, (b, 3, h, w) in [0, 1]"""
         if x is None or request.output_type == "latent":
             return x
-        pixels = self._in_movq(lambda movq: movq.decode(x), "the decoded picture", without=TO_ENCODE)
+        pixels = self.in_movq(lambda movq: movq.decode(x), "the decoded picture", without=TO_ENCODE)
         pixels = images.crop_to(images.to_unit_range(pixels), *request.size)
         pixels = pixels if retouch is None else retouch(pixels)
         return images.to_pil(pixels) if request.output_type == "pil" else pixels
 
-    def _in_movq(self, compute: Callable[[MoVQ], Tensor], what: str, without: tuple[str, ...] = ()) -> Tensor:
-        """compute(movq), and once more in float32 where float16 overflows: the steps before are not lost."""
+    def in_movq(self, compute: Callable[[MoVQ], Tensor], what: str, without: tuple[str, ...] = ()) -> Tensor:
+        """compute(movq); where float16 overflows once more in float32, as the steps before would be lost."""
         with self.using("movq", without) as movq:
             out = compute(movq)
             if movq.dtype == torch.float16 and not out.isfinite().all():

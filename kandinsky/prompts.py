@@ -160,14 +160,15 @@ def _read_engine(folder: Path, special: dict[str, Any]) -> Any:
 
 
 def _check_merges(folder: Path) -> None:
-    """Each merge makes a token of the vocabulary; where the file was cut, some are made by none."""
+    """Each merge makes a token of the vocabulary; in a file that was cut, some tokens have no merge."""
     vocabulary, lines = read_json(folder / "vocab.json"), (folder / "merges.txt").read_text(encoding="utf-8")
     made = {line.replace(" ", "") for line in lines.splitlines()}
     is_special = re.compile("<.*>").fullmatch
     longer = [token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and not is_special(token)]
     count = sum(token in made for token in longer)
     if count < len(longer):
-        raise ValueError(f"merges.txt makes {count} of {len(longer)} tokens of vocab.json; fetch it again")
+        made_of = f"merges.txt makes {count} of {len(longer)} tokens of vocab.json"
+        raise ValueError(f"{made_of}; fetch it again, or put tokens that you added into added_tokens.json")
 
 
 class MultilingualTokenizer:

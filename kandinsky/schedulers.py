@@ -40,7 +40,7 @@ def cosine_betas(num_train_steps: int) -> Tensor:
 
 
 class Scheduler:
-    """What all share: the table of signal levels, and noising. What a loop asks besides: `timesteps`,
+    """What all share: the table of signal levels, and noising. A subclass also defines `timesteps`,
     `draws_noise`, and a `step` as NoiseScheduler's or UnCLIPScheduler's."""
 
     predicts_variance = False  # whether `step` reads a variance of the network

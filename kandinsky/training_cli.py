@@ -31,31 +31,30 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
         help="how often kandinsky.shapes draws one, two and three objects to train on, default: "
         f"{' '.join(map(str, OBJECT_WEIGHTS))}; what --out has encoded already is kept",
     )
-    parser.add_argument("--steps", type=cli.whole(1), default=settings.steps, help="updates in all")
-    parser.add_argument(
-        "--batch-size", type=cli.whole(1), default=settings.batch_size, help="of each process"
-    )
-    parser.add_argument("--accumulate", type=cli.whole(1), default=1, help="batches added up for an update")
-    parser.add_argument(
-        "--learning-rate", type=cli.real(0), default=settings.learning_rate, help="the highest"
-    )
-    parser.add_argument(
-        "--warmup", type=cli.whole(0), default=settings.warmup, help="steps up to the highest rate"
-    )
-    parser.add_argument(
-        "--decay", type=cli.real(0, 1), default=settings.decay, help="share of the steps, at the end"
-    )
-    parser.add_argument("--weight-decay", type=cli.real(0), default=settings.weight_decay, help="of matrices")
-    parser.add_argument("--max-norm", type=cli.real(0), default=settings.max_norm, help="of the gradient")
-    parser.add_argument(
-        "--ema", type=cli.real(0, 1), default=settings.ema, help="how slowly the saved average moves"
-    )
+    _add_optimizer_flags(parser, settings)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--seed", type=cli.whole(0), default=0, help="of data order, noise and first weights")
     parser.add_argument("--save-every", type=cli.whole(1), default=settings.save_every, help="steps")
     parser.add_argument("--sample-every", type=cli.whole(1), default=settings.sample_every, help="steps")
     parser.add_argument("--device", default="cpu", help="cpu, cuda …; under torchrun each process its own")
+
+
+def _add_optimizer_flags(parser: ArgumentParser, settings: Settings) -> None:
+    count, share, above_zero = cli.whole(1), cli.real(0, 1), cli.real(0, above=True)
+    for name, kind, help in (
+        ("steps", count, "updates in all"),
+        ("batch_size", count, "of each process"),
+        ("accumulate", count, "batches added up for an update"),
+        ("learning_rate", above_zero, "the highest"),
+        ("warmup", cli.whole(0), "steps up to the highest rate"),
+        ("decay", share, "share of the steps, at the end"),
+        ("weight_decay", cli.real(0), "of matrices"),
+        ("max_norm", above_zero, "of the gradient"),
+        ("ema", share, "how slowly the saved average moves"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=getattr(settings, name), help=help)
 
 
 def add_cache_flags(parser: ArgumentParser) -> None:

@@ -124,7 +124,7 @@ PARTS = {
 }
 FIELDS = {"zero_image": "image_encoder"}  # of `random_weights.Size`, where they have another name
 KERNELS = 20  # that are listed
-ON_A_GPU = 10  # calls between two moments at which the device is waited for: as in a loop
+CALLS_ON_A_GPU = 10  # calls between two moments at which the device is waited for: as in a loop
 FASTEST = "cuDNN's fastest"
 SIZED = ("unet", "movq")
 
@@ -321,7 +321,8 @@ def stopwatch(args, subject: Any, call: Callable, times: int, calls: int = 1) ->
 
 
 def calls_at_once(args) -> int:
-    return ON_A_GPU if args.device.type == "cuda" else 1
+    """How many follow each other before the device is waited for."""
+    return CALLS_ON_A_GPU if args.device.type == "cuda" else 1
 
 
 def whole_picture(parts: dict[str, Any], steps: int = 50) -> dict[str, list[float]]:

@@ -472,6 +472,7 @@ def test_nothing_that_settings_name_is_opened(decoder_folder, inpaint_folder, fi
         ("mix", ["a", "b", "--mix-weights", "1"], "2 items and 1 weights; give one weight for each item"),
         ("mix", ["a", "--frames", "3"], "--frames leads from one item to another: two items"),
         ("mix", ["a", "b", "--frames", "1"], "--frames is 1; allowed is 2 to 1000"),
+        ("mix", ["a", "\udcff"], "item 1 is '\\udcff', which is no text"),
         ("mix", ["a", "b", "--frames", "100000"], "--frames is 100000; allowed is 2 to 1000"),
         ("mix", ["a", "b", "--animation", "a.gif"], "--animation is made of --frames; give their number"),
         ("mix", ["a", "b", "--frames", "2", "--animation", "a.png"], "use .gif, .webp"),

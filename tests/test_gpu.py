@@ -73,7 +73,8 @@ def test_optimized_pictures_are_the_cpus(decoder_folder):
         settings = SETTINGS | {"width": width, "output_type": "pt"}
         expected, pixels = (p.text2img(prompt, **settings) for p in (cpu, pipe))
         assert relative_l2(pixels.cpu(), expected) <= 1e-4
-        assert pipe.unet.graphs and pipe.prior.graphs  # and did not fall back
+        for network in (pipe.unet, pipe.prior):
+            assert network.graphs and not network.failed  # it did not fall back
     assert fused.can_run(pipe.unet.device, pipe.unet.dtype)
     assert any(isinstance(module, fused.FusedResnetBlock) for module in pipe.unet.modules())
     pipe.restore()
@@ -117,7 +118,7 @@ def test_optimized_hints_and_inpainting_are_the_cpus(inpaint_folder, hint_folder
 @pytest.mark.parametrize("kind", ["unet", "prior", "movq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_optimized_networks_lie_no_further_from_float32_in_half_precision(decoder_folder, kind, dtype):
-    """Three calls: as it is, captured, replayed. The median of eight inputs, as for any half precision."""
+    """The first call runs plainly or is captured, the others are replayed."""
     exact = getattr(Kandinsky.from_pretrained(decoder_folder), kind)
     plain, fast = (
         getattr(Kandinsky.from_pretrained(decoder_folder, None, "cuda", dtype), kind) for _ in "ab"
@@ -128,7 +129,7 @@ def test_optimized_networks_lie_no_further_from_float32_in_half_precision(decode
         expected = output_of(kind, exact, seed)
         away["plain"].append(relative_l2(output_of(kind, plain, seed).cpu(), expected))
         away["optimized"].append(relative_l2(output_of(kind, fast, seed).cpu(), expected))
-    assert fast.graphs
+    assert fast.graphs and not fast.failed
     assert statistics.median(away["optimized"]) <= 1.3 * statistics.median(away["plain"])
 
 

@@ -1,5 +1,6 @@
 """CLIP's preprocessing against transformers' PIL processor; the way out to PIL and files."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +91,26 @@ def test_a_file_that_appears_while_a_picture_is_written_is_kept(tmp_path, monkey
     assert path.read_bytes() == b"another process's" and Image.open(tmp_path / "out-1.png").size == (8, 5)
 
 
+def test_a_link_to_nowhere_is_a_name_that_is_taken(tmp_path):
+    path = tmp_path / "out.png"
+    path.symlink_to(tmp_path / "nowhere")
+    assert cli.free_name(path) == tmp_path / "out-1.png"
+    with pytest.raises(FileExistsError, match="exists; choose another name"):
+        images.save_image(picture(8, 5), path)
+    assert path.is_symlink() and [*tmp_path.iterdir()] == [path]
+
+
+def test_without_links_a_name_is_taken_as_well(tmp_path, monkeypatch):
+    def no_links(*names):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    images.save_image(picture(8, 5), tmp_path / "out.png")
+    with pytest.raises(FileExistsError):
+        images.save_image(picture(8, 5), tmp_path / "out.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
 def test_a_long_name_is_written_or_refused_before_the_work(tmp_path):
     longest = tmp_path / f"{'ü' * 118}.png"  # 240 bytes
     images.check_writable(longest)
@@ -97,6 +118,8 @@ def test_a_long_name_is_written_or_refused_before_the_work(tmp_path):
     assert cli.free_name(longest).name.endswith("-1.png")
     with pytest.raises(OSError, match="its name is longer than 240 bytes"):
         images.check_writable(tmp_path / f"{'a' * 237}.png")
+    with pytest.raises(OSError, match="its name is longer than 240 bytes"):  # than systems allow, too
+        images.check_writable(tmp_path / f"{'a' * 300}.png")
     if Path("/proc/self").exists():
         with pytest.raises(OSError, match="/proc is not a folder that can be written to"):
             images.check_writable(Path("/proc/out.png"))

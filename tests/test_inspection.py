@@ -8,9 +8,8 @@ from kandinsky import MoVQ, Prior, UNet
 from kandinsky.inspection import attention_maps, edit, module_names, record
 from kandinsky.optimize import optimize
 from tests import small
-from tests.helpers import randn, relative_l2
-from tests.small import EMBEDDING_DIM, ours
-from tests.test_optimize import NETWORKS, movq_output, needs_packing, prior_output, unet_output
+from tests.helpers import needs_packing, randn, relative_l2
+from tests.small import EMBEDDING_DIM, NETWORKS, movq_output, ours, prior_output, unet_output
 
 
 def hooks_of(network: nn.Module) -> int:

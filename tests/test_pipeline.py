@@ -321,7 +321,15 @@ def test_on_step_sees_every_step_and_can_stop_without_decoding(pipe):
     assert prior_steps == [999]
     for enough in (np.bool_(False), torch.tensor(False), torch.zeros(1) > 1):
         assert pipe.embed(PROMPT, seed=0, on_step=lambda step: enough) is None
-    for other in (0, None, "", [], np.float32(0), torch.tensor(True)):  # what a function happens to return
+    for other in (
+        0,
+        None,
+        "",
+        [],
+        np.float32(0),
+        torch.tensor(True),
+        torch.zeros(2) > 1,
+    ):  # what a function happens to return
         assert pipe.embed(PROMPT, num_inference_steps=1, seed=0, on_step=lambda step: other) is not None
 
 
@@ -482,7 +490,7 @@ def test_a_decoder_alone_draws_embeds(decoder_folder, tmp_path, pipe):
         lambda: alone.embed(PROMPT),
     ):
         with pytest.raises(
-            CheckpointError, match="has no prior beside it; pass prior=FOLDER .* trained with"
+            CheckpointError, match="has no prior beside it; pass prior=FOLDER .* was trained on"
         ):
             call()
     with_prior = Kandinsky.from_pretrained(

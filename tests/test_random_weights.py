@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from kandinsky import Kandinsky, random_weights
-from kandinsky.checkpoint import open_safetensors
+from kandinsky.checkpoint import atomic_file, open_safetensors
 from kandinsky.cli import WEIGHTS
 from kandinsky.config import read_config
 from kandinsky.parts import compute_zero_image_embeds
@@ -252,7 +252,10 @@ def test_a_second_run_keeps_files_and_a_killed_one_is_finished(tmp_path, capsys)
     unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
     whole, before = unet.read_bytes(), movq.stat().st_mtime_ns
     unet.unlink()
-    (unet.parent / f".{unet.name}.x.safetensors").write_bytes(whole[:1000])  # what a killed run leaves
+    with atomic_file(unet) as orphan:
+        pass
+    unet.unlink()
+    orphan.write_bytes(whole[:1000])  # what a killed run leaves
     assert make(argv) == 0
     assert unet.read_bytes() == whole and movq.stat().st_mtime_ns == before
     assert not list(folder.rglob(".*"))

@@ -256,8 +256,9 @@ def test_using_the_pipeline_imports_neither_transformers_nor_diffusers(decoder_f
         (
             "train_movq",
             ["--learning-rate", "-1"],
-            "argument --learning-rate: -1 is out of range; allowed is 0",
+            "argument --learning-rate: -1 is out of range; allowed is above 0",
         ),
+        ("train_movq", ["--max-norm", "0"], "argument --max-norm: 0 is out of range; allowed is above 0"),
         ("train_movq", ["--weight-decay", "inf"], "argument --weight-decay: inf is out of range"),
         ("train_movq", ["--steps", "-1"], "argument --steps: -1 is out of range; allowed is 1 and more"),
         ("train_movq", ["--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
