@@ -197,11 +197,15 @@ def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dic
         maps_of_words = shares[-1][:, NUM_IMAGE_TOKENS_BESIDE_TEXT:].T
         found.word_maps = [(word, _rows(share, estimates[-1])) for word, share in zip(words, maps_of_words)]
     if chosen:
-        clean = [estimates[index] for index in chosen]
-        decoded = pipe.in_movq(lambda movq: torch.cat([movq.decode(z) for z in clean]), "a frame", TO_ENCODE)
-        for index, pixels in zip(chosen, images.to_unit_range(decoded).split(len(clean[0]))):
-            pixels = images.crop_to(pixels, *reversed(found.picture.size))
-            found.frames.append(Frame(index, found.decoder_timesteps[index], images.to_pil(pixels)[0]))
+        found.frames = _frames(pipe, found, {index: estimates[index] for index in chosen})
+
+
+def _frames(pipe: Kandinsky, found: Trace, clean: dict[int, Tensor]) -> list[Frame]:
+    """What the clean latents of some steps look like."""
+    decode = lambda movq: torch.cat([movq.decode(z[:1]) for z in clean.values()])  # noqa: E731
+    pixels = images.to_unit_range(pipe.in_movq(decode, "a frame", without=TO_ENCODE))
+    pictures = images.to_pil(images.crop_to(pixels, *reversed(found.picture.size)))
+    return [Frame(index, found.decoder_timesteps[index], p) for index, p in zip(clean, pictures)]
 
 
 def _shares_of_further_tokens(weights: Tensor) -> Tensor:
