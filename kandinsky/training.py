@@ -58,11 +58,11 @@ class Settings:
             arguments.whole(getattr(self, name), name)
         for name in ("warmup", "seed"):
             arguments.whole(getattr(self, name), name, 0)
-        for name in ("learning_rate", "max_norm"):
-            if arguments.number(getattr(self, name), name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed is above 0")
-        if arguments.number(self.weight_decay, "weight_decay") < 0:
-            raise ValueError(f"weight_decay is {self.weight_decay}; allowed is 0 and more")
+        for name in ("learning_rate", "weight_decay"):
+            if arguments.number(getattr(self, name), name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed is 0 and more")
+        if arguments.number(self.max_norm, "max_norm") <= 0:
+            raise ValueError(f"max_norm is {self.max_norm}; allowed is above 0")
         for name in ("decay", "beta2", "ema"):
             arguments.share(getattr(self, name), name)
         if self.beta2 == 1:

@@ -41,16 +41,16 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
 
 
 def _add_optimizer_flags(parser: ArgumentParser, settings: Settings) -> None:
-    count, share, above_zero = cli.whole(1), cli.real(0, 1), cli.real(0, above=True)
+    count, share = cli.whole(1), cli.real(0, 1)
     for name, kind, help in (
         ("steps", count, "updates in all"),
         ("batch_size", count, "of each process"),
         ("accumulate", count, "batches added up for an update"),
-        ("learning_rate", above_zero, "the highest"),
+        ("learning_rate", cli.real(0), "the highest"),
         ("warmup", cli.whole(0), "steps up to the highest rate"),
         ("decay", share, "share of the steps, at the end"),
         ("weight_decay", cli.real(0), "of matrices"),
-        ("max_norm", above_zero, "of the gradient"),
+        ("max_norm", cli.real(0, above=True), "of the gradient"),
         ("ema", share, "how slowly the saved average moves"),
     ):
         flag = f"--{name.replace('_', '-')}"

@@ -256,7 +256,7 @@ def test_using_the_pipeline_imports_neither_transformers_nor_diffusers(decoder_f
         (
             "train_movq",
             ["--learning-rate", "-1"],
-            "argument --learning-rate: -1 is out of range; allowed is above 0",
+            "argument --learning-rate: -1 is out of range; allowed is 0 and more",
         ),
         ("train_movq", ["--max-norm", "0"], "argument --max-norm: 0 is out of range; allowed is above 0"),
         ("train_movq", ["--weight-decay", "inf"], "argument --weight-decay: inf is out of range"),
