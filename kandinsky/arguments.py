@@ -188,20 +188,22 @@ def whole(value: Any, name: str, low: int = 1, high: int | None = None) -> int:
     return int(value)
 
 
-def number(value: Any, name: str) -> float:
-    """A finite real number."""
+def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite real number in low..high."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; a number is needed")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; a finite number is needed")
+    if not low <= value <= high:
+        raise ValueError(
+            f"{name} is {value}; allowed is {low} {'and more' if high == math.inf else f'to {high}'}"
+        )
     return float(value)
 
 
 def share(value: Any, name: str) -> float:
     """A number in [0, 1]."""
-    if not 0 <= number(value, name) <= 1:
-        raise ValueError(f"{name} is {value}; allowed is 0 to 1")
-    return float(value)
+    return number(value, name, 0, 1)
 
 
 def interval(value: Any, name: str) -> tuple[float, float]:

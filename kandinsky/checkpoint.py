@@ -34,8 +34,8 @@ def atomic_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`: synced and renamed at the end, removed when the block fails. Without
     overwrite a FileExistsError, also where another process has written `path` in the meantime."""
     path = Path(path)
-    if not overwrite and os.path.lexists(path):
-        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
+    if not overwrite:
+        _check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     around = _around(path)
     with NamedTemporaryFile(dir=path.parent, prefix=around[0], suffix=around[1], delete=False) as file:
@@ -65,9 +65,13 @@ def _rename_to_free(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without links
-        if os.path.lexists(path):
-            raise FileExistsError(f"{path} exists; choose another name or allow overwriting") from None
+        _check_free(path)
         os.replace(temporary, path)
+
+
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
 
 
 def _around(path: Path) -> tuple[str, str]:

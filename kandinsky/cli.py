@@ -36,25 +36,23 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 def whole(least: int) -> Callable[[str], int]:
     """For a flag's `type`: an int of at least so much."""
-    return partial(_parsed, int, least, math.inf, False)
+    return partial(_parsed, int, partial(arguments.whole, low=least))
 
 
-def real(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """The same for a finite number, up to `most`. above: `least` itself is not allowed."""
-    return partial(_parsed, float, least, most, above)
+def real(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The same for a finite number, up to `most`."""
+    return partial(_parsed, float, partial(arguments.number, low=least, high=most))
 
 
-def _parsed(kind: type, least: float, most: float, above: bool, text: str) -> Any:
+def _parsed(kind: type, check: Callable[[Any, str], Any], text: str) -> Any:
     try:
         value = kind(text)
     except ValueError:
         raise ArgumentTypeError(f"invalid {kind.__name__} value: {text!r}") from None
-    if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
-        allowed = f"{'above ' * above}{least}{' and more' * (not above)}"
-        raise ArgumentTypeError(
-            f"{text} is out of range; allowed is {allowed if most == math.inf else f'{least} to {most}'}"
-        )
-    return value
+    try:
+        return check(value, "value")
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:

@@ -30,6 +30,7 @@ from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.optimize import is_optimized
 
 DROPPED = 0.1  # share of samples without text or image embedding (arXiv:2204.06125 §2.1 and §2.2)
+LEAST = 1e-9  # of what must not be zero
 STATE, METRICS = "state.safetensors", "metrics.jsonl"
 
 
@@ -59,14 +60,11 @@ class Settings:
         for name in ("warmup", "seed"):
             arguments.whole(getattr(self, name), name, 0)
         for name in ("learning_rate", "weight_decay"):
-            if arguments.number(getattr(self, name), name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed is 0 and more")
-        if arguments.number(self.max_norm, "max_norm") <= 0:
-            raise ValueError(f"max_norm is {self.max_norm}; allowed is above 0")
-        for name in ("decay", "beta2", "ema"):
+            arguments.number(getattr(self, name), name, 0)
+        arguments.number(self.max_norm, "max_norm", LEAST)
+        arguments.number(self.beta2, "beta2", 0, 1 - LEAST)
+        for name in ("decay", "ema"):
             arguments.share(getattr(self, name), name)
-        if self.beta2 == 1:
-            raise ValueError("beta2 is 1; allowed is 0 to below 1")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: up in a line, level, and down to zero in a line."""

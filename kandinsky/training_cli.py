@@ -11,7 +11,7 @@ from kandinsky import arguments, cli
 from kandinsky.datasets import Dataset, Folder, Shapes
 from kandinsky.lora import add_lora, train_only_lora
 from kandinsky.shapes import OBJECT_WEIGHTS
-from kandinsky.training import Objective, Settings, Trainer, checkpoint_blocks, own_device, processes
+from kandinsky.training import LEAST, Objective, Settings, Trainer, checkpoint_blocks, own_device, processes
 
 
 def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
@@ -50,7 +50,7 @@ def _add_optimizer_flags(parser: ArgumentParser, settings: Settings) -> None:
         ("warmup", cli.whole(0), "steps up to the highest rate"),
         ("decay", share, "share of the steps, at the end"),
         ("weight_decay", cli.real(0), "of matrices"),
-        ("max_norm", cli.real(0, above=True), "of the gradient"),
+        ("max_norm", cli.real(LEAST), "of the gradient"),
         ("ema", share, "how slowly the saved average moves"),
     ):
         flag = f"--{name.replace('_', '-')}"

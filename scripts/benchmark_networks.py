@@ -5,6 +5,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -271,16 +272,15 @@ def measure_kernels(args, name: str) -> Result:
     result = {key: round(1e3 * statistics.median(taken), 3) for key, taken in seconds.items()}
     if not events:
         return result | {"error": "the profiler saw no kernel"}
-    spent: dict[str, list[float]] = {}  # milliseconds, count
+    spent, counts = Counter(), Counter()
     for event in events:
-        time_of, count = spent.setdefault(shortened(event.key), [0.0, 0])
-        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        spent[shortened(event.key)] = [time_of + micros / 1e3, count + event.count]
-    most = sorted(spent.items(), key=lambda item: -item[1][0])[:KERNELS]
+        kernel, micros = shortened(event.key), event.self_device_time_total
+        spent[kernel] += (micros if on_gpu else event.self_cpu_time_total) / 1e3
+        counts[kernel] += event.count
     return result | {
-        "all kernels": round(sum(time_of for time_of, _ in spent.values()), 3),
-        "number of kernels": sum(count for _, count in spent.values()),
-        "kernels": {kernel: [round(time_of, 3), count] for kernel, (time_of, count) in most},
+        "all kernels": round(spent.total(), 3),
+        "number of kernels": counts.total(),
+        "kernels": {k: [round(time_of, 3), counts[k]] for k, time_of in spent.most_common(KERNELS)},
     }
 
 

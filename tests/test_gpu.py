@@ -151,6 +151,9 @@ def test_the_fused_norm_of_a_large_map():
     """More moments than are read at once, as at MoVQ's widest level."""
     norm = torch.nn.GroupNorm(32, 256).cuda().bfloat16()
     x = (3 + randn(1, 256, 512, 512)).cuda().bfloat16().to(memory_format=torch.channels_last)
-    expected = torch.nn.functional.group_norm(x.float(), 32, norm.weight.float(), norm.bias.float(), norm.eps)
+    weight, bias = norm.weight, norm.bias
+    expected = torch.nn.functional.group_norm(x.float(), 32, weight.float(), bias.float(), norm.eps)
     with torch.no_grad():
-        assert relative_l2(fused.apply(norm, x, activate=False).float(), expected) <= 4e-3
+        ours, theirs = fused.apply(norm, x, activate=False), norm(x)
+    away = [relative_l2(out.float(), expected) for out in (ours, theirs)]
+    assert away[0] <= 1.1 * away[1]

@@ -122,4 +122,4 @@ def test_weights_get_gradients_after_a_step_of_their_own_under_autocast(tmp_path
 def test_a_share_that_is_none_is_refused_in_one_line(capsys, tmp_path):
     given = ["--clip", tmp_path, "--out", tmp_path / "out"]
     assert run("train_prior", *given, "--own-steps", "1.5") == 2
-    assert capsys.readouterr().err.strip().endswith("1.5 is out of range; allowed is 0 to 1; see --help")
+    assert capsys.readouterr().err.strip().endswith("value is 1.5; allowed is 0 to 1; see --help")

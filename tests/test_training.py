@@ -511,10 +511,10 @@ def test_rate_rises_stays_and_falls_to_zero():
     [
         ({"steps": 0}, "steps is 0; allowed is 1 and more"),
         ({"warmup": -1}, "warmup is -1; allowed is 0 and more"),
-        ({"max_norm": 0.0}, "max_norm is 0.0; allowed is above 0"),
+        ({"max_norm": 0.0}, "max_norm is 0.0; allowed is 1e-09 and more"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; allowed is 0 and more"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; allowed is 0 and more"),
-        ({"beta2": 1.0}, "beta2 is 1; allowed is 0 to below 1"),
+        ({"beta2": 1.0}, "beta2 is 1.0; allowed is 0 to 0.99"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; a finite number is needed"),
         ({"ema": 2.0}, "ema is 2.0; allowed is 0 to 1"),
     ],
