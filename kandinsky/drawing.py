@@ -13,6 +13,7 @@ from PIL import Image
 
 from kandinsky import arguments, cli, images, metadata
 from kandinsky.pipeline import Kandinsky
+from kandinsky.request import Batch, Content, Denoising, Output
 from kandinsky.sampling import ImageEmbeds
 
 # what a call's repetition may be given beside --from-png: where things lie, never what was drawn
@@ -112,15 +113,12 @@ def check_decoder(
 
     has_negative: whether the embeddings will have a negative half of their own.
     """
-    pipe._check_task("text2img", hint)
-    pipe._timesteps(pipe._sampler(call["sampler"]), call["num_inference_steps"], "num_inference_steps")
-    words, one = beside_embeds(pipe, call), torch.zeros(1, pipe.unet_config.image_dim)
-    embeds = ImageEmbeds(one, one if has_negative else None)
-    prior = (call["prior_num_inference_steps"], call["prior_guidance_scale"])
-    asked = (words.get("prompt"), embeds, words.get("negative_prompt"), *prior)
-    shortcuts, size = (call["guidance_interval"], call["cache_every"]), (call["height"], call["width"])
-    rest = (call["num_images_per_prompt"], call["guidance_scale"], 0, "pil", None, False)
-    pipe._request(asked, size, shortcuts, None, *rest)
+    pipe.check_task("text2img", hint)
+    one = torch.zeros(1, pipe.unet_config.image_dim)
+    given = call | {"prompt": None, "negative_prompt": None} | beside_embeds(pipe, call)
+    given |= {"embeds": ImageEmbeds(one, one if has_negative else None), "latents": None, "seed": 0}
+    given |= {"output_type": "pil", "on_step": None, "progress": False}
+    pipe.request(*(Part(*map(given.get, Part._fields)) for Part in (Content, Batch, Denoising, Output)))
 
 
 def draw(

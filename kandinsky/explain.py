@@ -99,7 +99,7 @@ def trace(
     arguments.whole(num_inference_steps, "num_inference_steps", 1, pipe.scheduler.num_train_steps)
     if "strength" in call:
         arguments.share(call["strength"], "strength")
-    pipe._check_task(task, call.get("hint"))
+    pipe.check_task(task, call.get("hint"))
     settings = {
         "prompt": prompt,
         "negative_prompt": negative_prompt,

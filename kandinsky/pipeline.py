@@ -23,9 +23,9 @@ from torch import Tensor
 from kandinsky import arguments, images, masks
 from kandinsky.embedding import OnStep
 from kandinsky.movq import TO_ENCODE, MoVQ
-from kandinsky.request import Request, Requests
+from kandinsky.request import Batch, Content, Denoising, Output, Request, Requests
 from kandinsky.sampling import ImageEmbeds, Noise, Step, last_steps, sample_inpainting, sample_latents
-from kandinsky.schedulers import DDPMScheduler, DPMSolverScheduler, NoiseScheduler, Timesteps
+from kandinsky.schedulers import DDPMScheduler
 from kandinsky.unet import UNet
 
 WIDEST = 4096  # margin of a mask, pixels
@@ -83,16 +83,16 @@ class Kandinsky(Requests):
             ValueError, TypeError: an argument is not what it must be; before any weight is read.
             FloatingPointError: the result is not finite (float16 overflows where bfloat16 does not).
         """
-        self._check_task("text2img", hint)
-        scheduler = self._sampler(sampler)
-        timesteps = self._timesteps(scheduler, num_inference_steps, "num_inference_steps")
+        self.check_task("text2img", hint)
         hints = None if hint is None else images.hints(hint)
-        words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
-        rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
-        shortcuts = (guidance_interval, cache_every)
-        request = self._request(words, (height, width), shortcuts, *rest, hints=hints)
-        loop = self._text2img_loop(request, scheduler, timesteps, hints)
-        return self._finish(request, self._sample(request, len(timesteps), loop))
+        request = self.request(
+            Content(prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale),
+            Batch(num_images_per_prompt, seed, latents, height, width),
+            Denoising(num_inference_steps, sampler, guidance_scale, guidance_interval, cache_every),
+            Output(output_type, on_step, progress),
+            hints=hints,
+        )
+        return self._finish(request, self._sample(request, self._text2img_loop(request, hints)))
 
     @arguments.public
     @torch.no_grad()
@@ -131,28 +131,29 @@ class Kandinsky(Requests):
             height, width: pixels, to which the picture is resized; None: the picture's own.
             Others as in `text2img`.
         """
-        self._check_task("img2img", hint)
+        self.check_task("img2img", hint)
         strength = arguments.share(strength, "strength")
-        scheduler = self._sampler(sampler)
-        timesteps = self._timesteps(scheduler, num_inference_steps, "num_inference_steps")
-        timesteps = last_steps(timesteps, strength)
         pictures, hints = images.pictures(image), None if hint is None else images.hints(hint)
-        words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
-        rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
-        shortcuts = (guidance_interval, cache_every)
-        request = self._request(words, (height, width), shortcuts, *rest, pictures=pictures, hints=hints)
+        request = self.request(
+            Content(prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale),
+            Batch(num_images_per_prompt, seed, latents, height, width),
+            Denoising(num_inference_steps, sampler, guidance_scale, guidance_interval, cache_every),
+            Output(output_type, on_step, progress),
+            pictures=pictures,
+            hints=hints,
+        )
+        request = request._replace(timesteps=last_steps(request.timesteps, strength))
         z = self._encode(request, pictures)
-        if not timesteps:
+        if not request.timesteps:
             return self._finish(request, z)
 
         def noised(noise: Tensor) -> Tensor:
             if self.unet_config.text:  # 2.1 noises by another schedule than it denoises by, as in diffusers
                 linear = DDPMScheduler(beta_start=0.0001, beta_end=0.02)
                 return linear.add_noise(z, noise, max(int(linear.num_train_steps * strength) - 2, 0))
-            return scheduler.add_noise(z, noise, timesteps[0][0])
+            return request.scheduler.add_noise(z, noise, request.timesteps[0][0])
 
-        loop = self._text2img_loop(request, scheduler, timesteps, hints)
-        return self._finish(request, self._sample(request, len(timesteps), loop, noised))
+        return self._finish(request, self._sample(request, self._text2img_loop(request, hints), noised))
 
     @arguments.public
     @torch.no_grad()
@@ -200,18 +201,20 @@ class Kandinsky(Requests):
             height, width: pixels, to which picture and mask are resized; None: the picture's own.
             Others as in `text2img`.
         """
-        self._check_task("inpaint", hint)
-        scheduler = self._sampler(sampler)
-        timesteps = self._timesteps(scheduler, num_inference_steps, "num_inference_steps")
+        self.check_task("inpaint", hint)
         pictures, repaint = images.pictures(image), masks.masks(mask_image)
         grow_mask = arguments.whole(grow_mask, "grow_mask", 0, WIDEST)
         feather_mask = arguments.whole(feather_mask, "feather_mask", 0, WIDEST)
         keep_unmasked = arguments.flag(keep_unmasked, "keep_unmasked")
         invert_mask = arguments.flag(invert_mask, "invert_mask")
-        words = (prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale)
-        rest = (latents, num_images_per_prompt, guidance_scale, seed, output_type, on_step, progress)
-        shortcuts = (guidance_interval, cache_every)
-        request = self._request(words, (height, width), shortcuts, *rest, pictures=pictures, masks=repaint)
+        request = self.request(
+            Content(prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale),
+            Batch(num_images_per_prompt, seed, latents, height, width),
+            Denoising(num_inference_steps, sampler, guidance_scale, guidance_interval, cache_every),
+            Output(output_type, on_step, progress),
+            pictures=pictures,
+            masks=repaint,
+        )
         repaint = [masks.resize(mask, *request.size)[None] for mask in repaint]
         repaint = [masks.grow(1 - mask if invert_mask else mask, grow_mask) for mask in repaint]
         padded = request.rows([images.pad_to(mask, *request.full_size, "constant") for mask in repaint])
@@ -221,10 +224,10 @@ class Kandinsky(Requests):
         texts = self._decoder_texts(request)
 
         def loop(unet: UNet, image_embeds: Tensor, x: Tensor, draw: Callable) -> Iterator[Step]:
-            settings = (draw, timesteps, request.guidance_scale, z, keep, texts)
-            return sample_inpainting(unet, scheduler, image_embeds, x, *settings)
+            settings = (draw, request.timesteps, request.guidance_scale, z, keep, texts)
+            return sample_inpainting(unet, request.scheduler, image_embeds, x, *settings)
 
-        x = self._sample(request, len(timesteps), loop)
+        x = self._sample(request, loop)
         if not keep_unmasked:
             return self._finish(request, x)
         share = request.rows([masks.feather(mask, feather_mask) for mask in repaint]).to(self.device)
@@ -277,7 +280,7 @@ class Kandinsky(Requests):
         lora.merge(self)
 
     def _sample(
-        self, request: Request, num_steps: int, loop: Loop, start: Callable[[Tensor], Tensor] | None = None
+        self, request: Request, loop: Loop, start: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor | None:
         """What to show, then the decoder's loop. start: makes the first sample of the noise."""
         noise = Noise(self.seeds, self.device)
@@ -290,32 +293,26 @@ class Kandinsky(Requests):
         x = x if start is None else start(x)
         with self.using("unet") as unet:
             unet = self._shortened(unet, request)
-            return self._run(loop(unet, image_embeds, x, draw), num_steps, *request.watch, "decoder")
+            steps = loop(unet, image_embeds, x, draw)
+            return self._run(steps, len(request.timesteps), *request.watch, "decoder")
 
     def _shortened(self, unet: UNet, request: Request) -> Any:
         """The U-Net, or what leaves out some of its work."""
-        if request.shortcuts == ((0.0, 1.0), 1):
+        interval, cache_every = request.guidance_interval, request.cache_every
+        if (interval, cache_every) == ((0.0, 1.0), 1):
             return unet
         from kandinsky.approximate import approximate
 
-        return approximate(unet, request.guidance_scale > 1, *request.shortcuts)
+        return approximate(unet, request.guidance_scale > 1, interval, cache_every)
 
-    def _sampler(self, name: str | None) -> NoiseScheduler:
-        if name is None:
-            return self.scheduler
-        arguments.choice(name, "sampler", ("dpm++",))
-        return DPMSolverScheduler.of(self.scheduler)
-
-    def _text2img_loop(
-        self, request: Request, scheduler: NoiseScheduler, timesteps: Timesteps, hints: list[Tensor] | None
-    ) -> Loop:
+    def _text2img_loop(self, request: Request, hints: list[Tensor] | None) -> Loop:
         hint = None if hints is None else request.rows([self._fit_hint(request, x) for x in hints])
         hint = None if hint is None else hint.to(self.device)
         texts = self._decoder_texts(request)
 
         def loop(unet: UNet, image_embeds: Tensor, x: Tensor, draw: Callable) -> Iterator[Step]:
-            settings = (draw, timesteps, request.guidance_scale, hint, texts)
-            return sample_latents(unet, scheduler, image_embeds, x, *settings)
+            settings = (draw, request.timesteps, request.guidance_scale, hint, texts)
+            return sample_latents(unet, request.scheduler, image_embeds, x, *settings)
 
         return loop
 

@@ -9,10 +9,48 @@ from kandinsky import arguments
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.embedding import Embedding, OnStep
 from kandinsky.sampling import ImageEmbeds
-from kandinsky.schedulers import Timesteps
+from kandinsky.schedulers import DPMSolverScheduler, NoiseScheduler, Timesteps
 
 LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 OUTPUT_TYPES = ("pil", "pt", "latent")
+
+
+class Content(NamedTuple):
+    """What to show, as the caller gave it; so are the three below."""
+
+    prompt: Any
+    embeds: Any
+    negative_prompt: Any
+    prior_num_inference_steps: Any
+    prior_guidance_scale: Any
+
+
+class Batch(NamedTuple):
+    """How many pictures, of what size, from which noise."""
+
+    num_images_per_prompt: Any
+    seed: Any
+    latents: Any
+    height: Any
+    width: Any
+
+
+class Denoising(NamedTuple):
+    """The decoder's loop."""
+
+    num_inference_steps: Any
+    sampler: Any
+    guidance_scale: Any
+    guidance_interval: Any
+    cache_every: Any
+
+
+class Output(NamedTuple):
+    """What comes back, and what is told meanwhile."""
+
+    output_type: Any
+    on_step: Any
+    progress: Any
 
 
 class Words(NamedTuple):
@@ -34,14 +72,17 @@ class Request(NamedTuple):
     words: Words
     images_per_prompt: int
     prior_settings: tuple[Timesteps, float] | None
+    scheduler: NoiseScheduler
+    timesteps: Timesteps
     guidance_scale: float
+    guidance_interval: tuple[float, float]
+    cache_every: int
     size: tuple[int, int]  # of the pictures to return
     full_size: tuple[int, int]  # that they are made at: the next multiples of f²
     latent_shape: tuple[int, int, int]  # of one image
     latents: Tensor | None
     output_type: str
     watch: tuple[OnStep | None, bool]
-    shortcuts: tuple[tuple[float, float], int]  # guidance interval, and of how many steps one is whole
 
     def rows(self, items: list[Tensor]) -> Tensor:
         """One item for every prompt, or one alone for all -> (images, …)"""
@@ -54,56 +95,54 @@ class Request(NamedTuple):
 class Requests(Embedding):
     """How `Kandinsky`'s tasks check their arguments."""
 
-    def _request(
+    def request(
         self,
-        asked: tuple[Any, Any, Any, Any, Any],
-        size: tuple[Any, Any],
-        shortcuts: tuple[Any, Any],
-        latents: Any,
-        images_per_prompt: Any,
-        guidance_scale: Any,
-        seed: Any,
-        output_type: Any,
-        on_step: OnStep | None,
-        progress: bool,
+        content: Content,
+        batch: Batch,
+        denoising: Denoising,
+        output: Output,
         **lists: list[Tensor] | None,
     ) -> Request:
         """Checks what all tasks share; draws the seeds. lists: the task's own pictures, masks, hints."""
-        *words, prior_num_steps, prior_scale = asked
-        images_per_prompt = arguments.whole(images_per_prompt, "num_images_per_prompt")
-        arguments.output_type(output_type, OUTPUT_TYPES)
-        watch = self._watch(on_step, progress)
-        size = self._size(*size, lists.get("pictures"))
-        guidance_scale = arguments.number(guidance_scale, "guidance_scale")
-        interval, cache_every = shortcuts
-        interval = arguments.interval(interval, "guidance_interval")
-        shortcuts = (interval, arguments.whole(cache_every, "cache_every"))
-        words = self._words(*words, lists)
-        num_images = words.num_prompts * images_per_prompt
+        images_per_prompt = arguments.whole(batch.num_images_per_prompt, "num_images_per_prompt")
+        arguments.output_type(output.output_type, OUTPUT_TYPES)
+        size = self._size(batch.height, batch.width, lists.get("pictures"))
         full_size, latent_shape = self._full_size(size)
-        latents = arguments.noise(latents, ((num_images, *latent_shape),))
-        seeds = arguments.seeds(seed, num_images)
-        prior_settings = self._prior_settings(prior_num_steps, prior_scale, "prior_", runs=bool(words.texts))
-        self._check_weights(words, guidance_scale, output_type != "latent" or "pictures" in lists)
-        self.seeds = seeds
-        return Request(
+        scheduler = self._sampler(denoising.sampler)
+        guidance_scale = arguments.number(denoising.guidance_scale, "guidance_scale")
+        words = self._words(content, lists)
+        num_images = words.num_prompts * images_per_prompt
+        prior = (content.prior_num_inference_steps, content.prior_guidance_scale, "prior_")
+        request = Request(
             words=words,
             images_per_prompt=images_per_prompt,
-            prior_settings=prior_settings,
+            prior_settings=self._prior_settings(*prior, runs=bool(words.texts)),
+            scheduler=scheduler,
+            timesteps=self._timesteps(scheduler, denoising.num_inference_steps, "num_inference_steps"),
             guidance_scale=guidance_scale,
+            guidance_interval=arguments.interval(denoising.guidance_interval, "guidance_interval"),
+            cache_every=arguments.whole(denoising.cache_every, "cache_every"),
             size=size,
             full_size=full_size,
             latent_shape=latent_shape,
-            latents=latents,
-            output_type=output_type,
-            watch=watch,
-            shortcuts=shortcuts,
+            latents=arguments.noise(batch.latents, ((num_images, *latent_shape),)),
+            output_type=output.output_type,
+            watch=self._watch(output.on_step, output.progress),
         )
+        seeds = arguments.seeds(batch.seed, num_images)
+        self._check_weights(words, guidance_scale, output.output_type != "latent" or "pictures" in lists)
+        self.seeds = seeds
+        return request
 
-    def _words(
-        self, prompt: Any, embeds: Any, negative_prompt: Any, lists: dict[str, list[Tensor] | None]
-    ) -> Words:
+    def _sampler(self, name: Any) -> NoiseScheduler:
+        if name is None:
+            return self.scheduler
+        arguments.choice(name, "sampler", ("dpm++",))
+        return DPMSolverScheduler.of(self.scheduler)
+
+    def _words(self, content: Content, lists: dict[str, list[Tensor] | None]) -> Words:
         """Texts and embeds, repeated to as many as there are pictures, masks or hints; one goes with all."""
+        prompt, embeds, negative_prompt = content[:3]
         texts, given = self._prompts_or_embeds(prompt, embeds, negative_prompt)
         lengths = {name: len(items) for name, items in lists.items() if items is not None}
         decoder_texts = None
@@ -136,7 +175,7 @@ class Requests(Embedding):
         if guidance_scale > 1 and negatives is None:
             self.check_zero_image()
 
-    def _check_task(self, task: str, hint: Any) -> None:
+    def check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder
         plain, hinted = "kandinsky-2-2-decoder", "kandinsky-2-2-controlnet-depth"
         if name.name.startswith("mini-"):
