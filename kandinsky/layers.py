@@ -37,6 +37,14 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """For what users pass to a network: an error with the numbers where x is of another shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}, needs a tensor of {shape}")
+    if x.shape != shape:
+        raise ValueError(f"{name} is {tuple(x.shape)}, needs {shape}")
+
+
 class TimestepMLP(nn.Module):
     """From sinusoids to the embedding that the networks use."""
 

@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 from kandinsky.checkpoint import Pretrained
 from kandinsky.config import UNetConfig
-from kandinsky.layers import TimestepMLP, attention
+from kandinsky.layers import TimestepMLP, attention, check_shape
 
 NUM_IMAGE_TOKENS, NUM_IMAGE_TOKENS_BESIDE_TEXT = 32, 10
 STEPS_AT_ONCE = 64  # whose scale and shift a plan holds: 0.27 MiB a step and row at the released size
@@ -336,8 +336,7 @@ class UNet(nn.Module, Pretrained):
             (b, 8, h, w) float32: predicted noise, then the predicted variance in [-1, 1].
         """
         self._check_condition(image_embeds, hint, text_embeds, text_states)
-        if t.shape != image_embeds.shape[:1]:
-            raise ValueError(f"t is {tuple(t.shape)}, needs {tuple(image_embeds.shape[:1])}")
+        check_shape("t", t, (len(image_embeds),))
         condition, added = self._conditioned(image_embeds, text_embeds, text_states)
         given = added | self._modulations(self.time_embedding(t) + condition)
         return self.denoise(x, given, self._hint_features(hint))
@@ -430,8 +429,8 @@ class UNet(nn.Module, Pretrained):
         if {text_embeds is not None, text_states is not None} != {self.config.text}:
             needs = "needs text_embeds and text_states" if self.config.text else "takes no texts"
             raise ValueError(f"this UNet {needs}")
-        if text_embeds is not None and text_embeds.shape != (b, dim):
-            raise ValueError(f"text_embeds is {tuple(text_embeds.shape)}, needs {(b, dim)}")
+        if text_embeds is not None:
+            check_shape("text_embeds", text_embeds, (b, dim))
         if text_states is not None and (
             text_states.ndim != 3 or text_states.shape[::2] != (b, self.config.embedding_dim)
         ):

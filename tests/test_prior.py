@@ -112,6 +112,8 @@ def test_wrong_inputs_are_refused_with_both_sizes():
     ):
         with pytest.raises(ValueError, match=message):
             prior(*arguments)
+    with pytest.raises(TypeError, match=r"t is a int, needs a tensor of \(2,\)"):
+        prior(x, 981, text_embeds, text_states, mask)
     with pytest.raises(ValueError, match=r"text_embeds is \(2, 4\), needs \(2, 32\)"):
         prior.prefill(text_embeds[:, :4], text_states, mask)
     cache = prior.prefill(text_embeds, text_states, mask)

@@ -91,6 +91,8 @@ def test_wrong_inputs_are_refused_with_both_sizes():
     ):
         with pytest.raises(ValueError, match=message):
             unet(*arguments)
+    with pytest.raises(TypeError, match=r"t is a int, needs a tensor of \(2,\)"):
+        unet(x, 981, image_embeds)
 
 
 def test_hint_form_needs_a_hint_of_eight_times_the_latents():
