@@ -10,7 +10,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -49,17 +49,22 @@ _SAYS_NO_MEMORY = re.compile("DefaultCPUAllocator|out of memory|_ALLOC_FAILED|ca
 
 def with_argument_help(method: Callable) -> Callable:
     """Foreign arguments, as users of diffusers bring them, get a message that helps."""
-    known = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
 
     @functools.wraps(method)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        for name in kwargs:
-            if name not in known:
-                ours = _DIFFUSERS_NAMES.get(name, f"one of {', '.join(known)}")
-                raise TypeError(f"{method.__name__}() has no argument {name!r}; use {ours}")
+        known_names(method, kwargs)
         return method(*args, **kwargs)
 
     return checked
+
+
+def known_names(method: Callable, names: Iterable[str]) -> None:
+    """Raises where one is no argument of the method, and says what to use."""
+    known = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
+    for name in names:
+        if name not in known:
+            ours = _DIFFUSERS_NAMES.get(name, f"one of {', '.join(known)}")
+            raise TypeError(f"{method.__name__}() has no argument {name!r}; use {ours}")
 
 
 def public(method: Callable) -> Callable:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from kandinsky import arguments, cli, images, metadata
 from kandinsky.pipeline import Kandinsky
-from kandinsky.request import Batch, Content, Denoising, Output
 from kandinsky.sampling import ImageEmbeds
 
 # what a call's repetition may be given beside --from-png: where things lie, never what was drawn
@@ -106,19 +105,10 @@ def beside_embeds(pipe: Kandinsky, call: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": "", "negative_prompt": call["negative_prompt"]} if pipe.unet_config.text else {}
 
 
-def check_decoder(
-    pipe: Kandinsky, call: dict[str, Any], hint: Any = None, has_negative: bool = False
-) -> None:
-    """What the decoder will be asked, before weights are read for what it is to show.
-
-    has_negative: whether the embeddings will have a negative half of their own.
-    """
-    pipe.check_task("text2img", hint)
-    one = torch.zeros(1, pipe.unet_config.image_dim)
-    given = call | {"prompt": None, "negative_prompt": None} | beside_embeds(pipe, call)
-    given |= {"embeds": ImageEmbeds(one, one if has_negative else None), "latents": None, "seed": 0}
-    given |= {"output_type": "pil", "on_step": None, "progress": False}
-    pipe.request(*(Part(*map(given.get, Part._fields)) for Part in (Content, Batch, Denoising, Output)))
+def any_embeds(pipe: Kandinsky, count: int, has_negative: bool = False) -> ImageEmbeds:
+    """In the place of those to come, for `pipe.check`, before weights are read to make them."""
+    rows = torch.zeros(count, pipe.unet_config.image_dim)
+    return ImageEmbeds(rows, rows if has_negative else None)
 
 
 def draw(

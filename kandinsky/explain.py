@@ -93,21 +93,15 @@ def trace(
     for name in ("num_images_per_prompt", "output_type", "embeds", "on_step", "progress", "cache_every"):
         if name in call:
             raise ValueError(f"a trace follows one picture, in whole steps; it takes no {name}")
-    arguments.whole(
-        prior_num_inference_steps, "prior_num_inference_steps", 1, pipe.prior_scheduler.num_train_steps
-    )
-    arguments.whole(num_inference_steps, "num_inference_steps", 1, pipe.scheduler.num_train_steps)
-    if "strength" in call:
-        arguments.share(call["strength"], "strength")
-    pipe.check_task(task, call.get("hint"))
     settings = {
-        "prompt": prompt,
+        "prompt": arguments.text(prompt, "prompt"),
         "negative_prompt": negative_prompt,
         "seed": seed,
         "prior_num_inference_steps": prior_num_inference_steps,
         "prior_guidance_scale": prior_guidance_scale,
         "num_inference_steps": num_inference_steps,
     }
+    pipe.check(task, **settings, **call)
     settings |= {name: value for name, value in call.items() if isinstance(value, (int, float, str, tuple))}
     found = Trace(task, settings, [], reads_words=pipe.unet_config.text)
     with warnings.catch_warnings(record=True) as caught:

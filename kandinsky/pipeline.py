@@ -23,12 +23,11 @@ from torch import Tensor
 from kandinsky import arguments, images, masks
 from kandinsky.embedding import OnStep
 from kandinsky.movq import TO_ENCODE, MoVQ
-from kandinsky.request import Batch, Content, Denoising, Output, Request, Requests
-from kandinsky.sampling import ImageEmbeds, Noise, Step, last_steps, sample_inpainting, sample_latents
+from kandinsky.request import Batch, Content, Denoising, Inputs, Output, Request, Requests
+from kandinsky.sampling import ImageEmbeds, Noise, Step, sample_inpainting, sample_latents
 from kandinsky.schedulers import DDPMScheduler
 from kandinsky.unet import UNet
 
-WIDEST = 4096  # margin of a mask, pixels
 # a task's decoder loop with all but these given: (unet, image_embeds, x, draw) -> steps
 Loop = Callable[[UNet, Tensor, Tensor, Callable[[], Tensor]], Iterator[Step]]
 
@@ -83,16 +82,15 @@ class Kandinsky(Requests):
             ValueError, TypeError: an argument is not what it must be; before any weight is read.
             FloatingPointError: the result is not finite (float16 overflows where bfloat16 does not).
         """
-        self.check_task("text2img", hint)
-        hints = None if hint is None else images.hints(hint)
         request = self.request(
+            "text2img",
             Content(prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale),
             Batch(num_images_per_prompt, seed, latents, height, width),
             Denoising(num_inference_steps, sampler, guidance_scale, guidance_interval, cache_every),
             Output(output_type, on_step, progress),
-            hints=hints,
+            Inputs(hint=hint),
         )
-        return self._finish(request, self._sample(request, self._text2img_loop(request, hints)))
+        return self._finish(request, self._sample(request, self._text2img_loop(request)))
 
     @arguments.public
     @torch.no_grad()
@@ -131,19 +129,15 @@ class Kandinsky(Requests):
             height, width: pixels, to which the picture is resized; None: the picture's own.
             Others as in `text2img`.
         """
-        self.check_task("img2img", hint)
-        strength = arguments.share(strength, "strength")
-        pictures, hints = images.pictures(image), None if hint is None else images.hints(hint)
         request = self.request(
+            "img2img",
             Content(prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale),
             Batch(num_images_per_prompt, seed, latents, height, width),
             Denoising(num_inference_steps, sampler, guidance_scale, guidance_interval, cache_every),
             Output(output_type, on_step, progress),
-            pictures=pictures,
-            hints=hints,
+            Inputs(image, hint=hint, strength=strength),
         )
-        request = request._replace(timesteps=last_steps(request.timesteps, strength))
-        z = self._encode(request, pictures)
+        z = self._encode(request)
         if not request.timesteps:
             return self._finish(request, z)
 
@@ -153,7 +147,7 @@ class Kandinsky(Requests):
                 return linear.add_noise(z, noise, max(int(linear.num_train_steps * strength) - 2, 0))
             return request.scheduler.add_noise(z, noise, request.timesteps[0][0])
 
-        return self._finish(request, self._sample(request, self._text2img_loop(request, hints), noised))
+        return self._finish(request, self._sample(request, self._text2img_loop(request), noised))
 
     @arguments.public
     @torch.no_grad()
@@ -201,26 +195,19 @@ class Kandinsky(Requests):
             height, width: pixels, to which picture and mask are resized; None: the picture's own.
             Others as in `text2img`.
         """
-        self.check_task("inpaint", hint)
-        pictures, repaint = images.pictures(image), masks.masks(mask_image)
-        grow_mask = arguments.whole(grow_mask, "grow_mask", 0, WIDEST)
-        feather_mask = arguments.whole(feather_mask, "feather_mask", 0, WIDEST)
-        keep_unmasked = arguments.flag(keep_unmasked, "keep_unmasked")
-        invert_mask = arguments.flag(invert_mask, "invert_mask")
         request = self.request(
+            "inpaint",
             Content(prompt, embeds, negative_prompt, prior_num_inference_steps, prior_guidance_scale),
             Batch(num_images_per_prompt, seed, latents, height, width),
             Denoising(num_inference_steps, sampler, guidance_scale, guidance_interval, cache_every),
             Output(output_type, on_step, progress),
-            pictures=pictures,
-            masks=repaint,
+            Inputs(image, mask_image, hint, 1.0, keep_unmasked, invert_mask, grow_mask, feather_mask),
         )
-        repaint = [masks.resize(mask, *request.size)[None] for mask in repaint]
-        repaint = [masks.grow(1 - mask if invert_mask else mask, grow_mask) for mask in repaint]
+        repaint = [masks.resize(mask, *request.size)[None] for mask in request.masks]
+        repaint = [masks.grow(1 - mask if request.invert_mask else mask, grow_mask) for mask in repaint]
         padded = request.rows([images.pad_to(mask, *request.full_size, "constant") for mask in repaint])
         keep = masks.keep_latents(padded, self.movq_config.downscale).to(self.device)
-        z = self._encode(request, pictures)
-
+        z = self._encode(request)
         texts = self._decoder_texts(request)
 
         def loop(unet: UNet, image_embeds: Tensor, x: Tensor, draw: Callable) -> Iterator[Step]:
@@ -228,10 +215,10 @@ class Kandinsky(Requests):
             return sample_inpainting(unet, request.scheduler, image_embeds, x, *settings)
 
         x = self._sample(request, loop)
-        if not keep_unmasked:
+        if not request.keep_unmasked:
             return self._finish(request, x)
         share = request.rows([masks.feather(mask, feather_mask) for mask in repaint]).to(self.device)
-        original = request.rows([images.resize(x, *request.size) for x in pictures]).to(self.device)
+        original = request.rows([images.resize(x, *request.size) for x in request.pictures]).to(self.device)
         return self._finish(request, x, lambda pixels: masks.paste(pixels, original, share))
 
     @arguments.public
@@ -305,9 +292,10 @@ class Kandinsky(Requests):
 
         return approximate(unet, request.guidance_scale > 1, interval, cache_every)
 
-    def _text2img_loop(self, request: Request, hints: list[Tensor] | None) -> Loop:
-        hint = None if hints is None else request.rows([self._fit_hint(request, x) for x in hints])
-        hint = None if hint is None else hint.to(self.device)
+    def _text2img_loop(self, request: Request) -> Loop:
+        hint = None
+        if request.hints is not None:
+            hint = request.rows([self._fit_hint(request, x) for x in request.hints]).to(self.device)
         texts = self._decoder_texts(request)
 
         def loop(unet: UNet, image_embeds: Tensor, x: Tensor, draw: Callable) -> Iterator[Step]:
@@ -356,10 +344,10 @@ class Kandinsky(Requests):
             text_states, text_embeds = text_encoder(ids)
         return text_embeds[rows], text_states[rows]
 
-    def _encode(self, request: Request, pictures: list[Tensor]) -> Tensor:
-        """Pictures -> their latents, one row per image."""
-        size = request.size
-        fitted = [images.pad_to(images.resize(x, *size), *request.full_size) for x in pictures]
+    def _encode(self, request: Request) -> Tensor:
+        """The pictures' latents, one row per image."""
+        resized = [images.resize(x, *request.size) for x in request.pictures]
+        fitted = [images.pad_to(x, *request.full_size) for x in resized]
         pixels = 2 * torch.stack(fitted).to(self.device) - 1
         z = self.in_movq(lambda movq: movq.encode(pixels), "the encoded picture")
         return request.rows(list(z))

@@ -1,22 +1,24 @@
 """What a call of a task asks for: every argument checked, before any weight is read."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kandinsky import arguments
+from kandinsky import arguments, images, masks
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.embedding import Embedding, OnStep
-from kandinsky.sampling import ImageEmbeds
+from kandinsky.sampling import ImageEmbeds, last_steps
 from kandinsky.schedulers import DPMSolverScheduler, NoiseScheduler, Timesteps
 
+WIDEST = 4096  # margin of a mask, pixels
 LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
 
 class Content(NamedTuple):
-    """What to show, as the caller gave it; so are the three below."""
+    """What to show, as the caller gave it; so are the four below."""
 
     prompt: Any
     embeds: Any
@@ -53,6 +55,19 @@ class Output(NamedTuple):
     progress: Any
 
 
+class Inputs(NamedTuple):
+    """The pictures that a task starts from, and how they are taken; what a task does not have is as here."""
+
+    image: Any = None
+    mask_image: Any = None
+    hint: Any = None
+    strength: Any = 1.0
+    keep_unmasked: Any = True
+    invert_mask: Any = False
+    grow_mask: Any = 0
+    feather_mask: Any = 0
+
+
 class Words(NamedTuple):
     """What to show."""
 
@@ -64,7 +79,7 @@ class Words(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a call asks for, checked: the part that every task has.
+    """What a call asks for, checked.
 
     Rows, one per image, are prompt × images_per_prompt + k.
     """
@@ -83,6 +98,13 @@ class Request(NamedTuple):
     latents: Tensor | None
     output_type: str
     watch: tuple[OnStep | None, bool]
+    pictures: list[Tensor] | None
+    masks: list[Tensor] | None
+    hints: list[Tensor] | None
+    keep_unmasked: bool
+    invert_mask: bool
+    grow_mask: int
+    feather_mask: int
 
     def rows(self, items: list[Tensor]) -> Tensor:
         """One item for every prompt, or one alone for all -> (images, …)"""
@@ -95,22 +117,38 @@ class Request(NamedTuple):
 class Requests(Embedding):
     """How `Kandinsky`'s tasks check their arguments."""
 
+    def check(self, task: str, **call: Any) -> None:
+        """Raises now what the method of that name would raise for these arguments."""
+        method, seeds = getattr(self, task), self.seeds
+        arguments.known_names(method, call)
+        bound = inspect.signature(method).bind(**call)
+        bound.apply_defaults()
+        given = Inputs._field_defaults | bound.arguments
+        groups = (Content, Batch, Denoising, Output, Inputs)
+        self.request(task, *(group(*(given[name] for name in group._fields)) for group in groups))
+        self.seeds = seeds
+
     def request(
         self,
+        task: str,
         content: Content,
         batch: Batch,
         denoising: Denoising,
         output: Output,
-        **lists: list[Tensor] | None,
+        inputs: Inputs,
     ) -> Request:
-        """Checks what all tasks share; draws the seeds. lists: the task's own pictures, masks, hints."""
+        """Checks a call of a task; draws its seeds."""
+        self._check_task(task, inputs.hint)
+        pictures = None if task == "text2img" else images.pictures(inputs.image)
+        repaint = masks.masks(inputs.mask_image) if task == "inpaint" else None
+        hints = None if inputs.hint is None else images.hints(inputs.hint)
         images_per_prompt = arguments.whole(batch.num_images_per_prompt, "num_images_per_prompt")
         arguments.output_type(output.output_type, OUTPUT_TYPES)
-        size = self._size(batch.height, batch.width, lists.get("pictures"))
+        size = self._size(batch.height, batch.width, pictures)
         full_size, latent_shape = self._full_size(size)
         scheduler = self._sampler(denoising.sampler)
         guidance_scale = arguments.number(denoising.guidance_scale, "guidance_scale")
-        words = self._words(content, lists)
+        words = self._words(content, pictures=pictures, masks=repaint, hints=hints)
         num_images = words.num_prompts * images_per_prompt
         prior = (content.prior_num_inference_steps, content.prior_guidance_scale, "prior_")
         request = Request(
@@ -118,7 +156,10 @@ class Requests(Embedding):
             images_per_prompt=images_per_prompt,
             prior_settings=self._prior_settings(*prior, runs=bool(words.texts)),
             scheduler=scheduler,
-            timesteps=self._timesteps(scheduler, denoising.num_inference_steps, "num_inference_steps"),
+            timesteps=last_steps(
+                self._timesteps(scheduler, denoising.num_inference_steps, "num_inference_steps"),
+                arguments.share(inputs.strength, "strength"),
+            ),
             guidance_scale=guidance_scale,
             guidance_interval=arguments.interval(denoising.guidance_interval, "guidance_interval"),
             cache_every=arguments.whole(denoising.cache_every, "cache_every"),
@@ -128,9 +169,16 @@ class Requests(Embedding):
             latents=arguments.noise(batch.latents, ((num_images, *latent_shape),)),
             output_type=output.output_type,
             watch=self._watch(output.on_step, output.progress),
+            pictures=pictures,
+            masks=repaint,
+            hints=hints,
+            keep_unmasked=arguments.flag(inputs.keep_unmasked, "keep_unmasked"),
+            invert_mask=arguments.flag(inputs.invert_mask, "invert_mask"),
+            grow_mask=arguments.whole(inputs.grow_mask, "grow_mask", 0, WIDEST),
+            feather_mask=arguments.whole(inputs.feather_mask, "feather_mask", 0, WIDEST),
         )
         seeds = arguments.seeds(batch.seed, num_images)
-        self._check_weights(words, guidance_scale, output.output_type != "latent" or "pictures" in lists)
+        self._check_weights(words, guidance_scale, output.output_type != "latent" or pictures is not None)
         self.seeds = seeds
         return request
 
@@ -140,7 +188,7 @@ class Requests(Embedding):
         arguments.choice(name, "sampler", ("dpm++",))
         return DPMSolverScheduler.of(self.scheduler)
 
-    def _words(self, content: Content, lists: dict[str, list[Tensor] | None]) -> Words:
+    def _words(self, content: Content, **lists: list[Tensor] | None) -> Words:
         """Texts and embeds, repeated to as many as there are pictures, masks or hints; one goes with all."""
         prompt, embeds, negative_prompt = content[:3]
         texts, given = self._prompts_or_embeds(prompt, embeds, negative_prompt)
@@ -175,7 +223,7 @@ class Requests(Embedding):
         if guidance_scale > 1 and negatives is None:
             self.check_zero_image()
 
-    def check_task(self, task: str, hint: Any) -> None:
+    def _check_task(self, task: str, hint: Any) -> None:
         config, name = self.unet_config, self.decoder_folder
         plain, hinted = "kandinsky-2-2-decoder", "kandinsky-2-2-controlnet-depth"
         if name.name.startswith("mini-"):

@@ -95,7 +95,10 @@ def main(argv=None) -> int:
 
     def run(pipe, call, inputs):
         has_negative = bool(call["negative_prompt"]) or call["negative_prior_prompt"] is not None
-        drawing.check_decoder(pipe, call, has_negative=has_negative)
+        asked = decoder_call(call) | drawing.beside_embeds(pipe, call)
+        more = ("num_images_per_prompt", "prior_num_inference_steps", "prior_guidance_scale")
+        asked |= {name: call[name] for name in more}
+        pipe.check("text2img", embeds=drawing.any_embeds(pipe, 1, has_negative), **asked)
         if call["frames"] is None:
             return draw_mixture(pipe, call, inputs)
         frames.extend(draw_frames(pipe, call, inputs))

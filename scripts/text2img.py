@@ -21,9 +21,9 @@ def vary(pipe, call, inputs):
     words = drawing.beside_embeds(pipe, call)
     if call["negative_prompt"] is not None and not words:
         raise ValueError("--negative-prompt goes with a prompt; variations of a picture take none")
-    drawing.check_decoder(pipe, call, inputs.get("hint"))
-    embeds = ImageEmbeds(pipe.embed_image(inputs.pop("image")))
-    return pipe.text2img(embeds=embeds, **call | inputs | words, progress=True)
+    pictures, call = inputs.pop("image"), call | inputs | words
+    pipe.check("text2img", embeds=drawing.any_embeds(pipe, len(pictures)), **call)
+    return pipe.text2img(embeds=ImageEmbeds(pipe.embed_image(pictures)), **call, progress=True)
 
 
 @cli.one_line_errors
