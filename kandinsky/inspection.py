@@ -7,7 +7,8 @@
         pipe.text2img("a red cat")
 
 Built on PyTorch's own hooks, which are gone after the block, also after an exception. A run in which nothing
-is changed gives the same bits as one that is not looked at. In an optimized network too; but there the
+is changed gives the same bits as one that is not looked at. In an optimized network too (a compiled one runs
+uncompiled meanwhile: hooks of your own inside its blocks would not be called); but there the
 convolution that a merged upsampling stands for is not called, nor on CUDA norm1 and norm2 of the U-Net's
 residual blocks; MoVQ's attention has no map, and its spatial norms' conv_y and conv_b give maps of the
 latent's size.
@@ -17,7 +18,8 @@ import difflib
 import fnmatch
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,12 +35,17 @@ def module_names(model: nn.Module, pattern: str) -> list[str]:
     """The submodules whose names match, in the order of the network; `*` stands for any part of a name.
 
     Raises:
-        ValueError: none does, and the message names the three nearest; or the one so called is not in use.
+        ValueError: none does, and the message names the three nearest; or the one so called is not in use,
+            or only holds others.
     """
     names = [name for name, _ in model.named_modules() if name]
-    if pattern in names and model.get_submodule(pattern) in uncalled(model):
-        why = "is not called in an optimized network; kandinsky.optimize.restore(network) first"
-        raise ValueError(f"{pattern} {why}")
+    if pattern in names:
+        module = model.get_submodule(pattern)
+        if module in uncalled(model):
+            why = "is not called in an optimized network; kandinsky.optimize.restore(network) first"
+            raise ValueError(f"{pattern} {why}")
+        if type(module).forward is nn.Module.forward:
+            raise ValueError(f"{pattern} is a {type(module).__name__}, which only holds others: {pattern}.*")
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if found:
         return found
@@ -105,15 +112,7 @@ def record(
 
     with _hooks() as hooks:
         for name in names:
-            module = model.get_submodule(name)
-            if inputs:
-                hooks.append(
-                    module.register_forward_pre_hook(lambda module, args, name=name: note(name, args))
-                )
-            else:
-                hooks.append(
-                    module.register_forward_hook(lambda module, args, out, name=name: note(name, out))
-                )
+            hooks.append(_hook(model.get_submodule(name), partial(note, name), inputs))
         yield seen
 
 
@@ -132,23 +131,25 @@ def edit(model: nn.Module, changes: Mapping[str, Change], inputs: bool = False) 
     pairs = [(name, change) for pattern, change in changes.items() for name in module_names(model, pattern)]
     with _hooks() as hooks:
         for name, change in pairs:
-            module = model.get_submodule(name)
-            if inputs:
-                hooks.append(
-                    module.register_forward_pre_hook(lambda module, args, change=change: change(args))
-                )
-            else:
-                hooks.append(
-                    module.register_forward_hook(lambda module, args, out, change=change: change(out))
-                )
+            hooks.append(_hook(model.get_submodule(name), change, inputs))
         yield
+
+
+def _hook(module: nn.Module, do: Change, inputs: bool) -> Any:
+    """`do` gets what the module gives, or is given; what it returns, if anything, takes the place of that."""
+    if inputs:
+        return module.register_forward_pre_hook(lambda module, args: do(args))
+    return module.register_forward_hook(lambda module, args, out: do(out))
 
 
 @contextmanager
 def _hooks() -> Iterator[list]:
+    """A list whose hooks are removed at the end. What is compiled calls none, so it runs plain meanwhile."""
     hooks: list = []
+    is_in_use = "torch._dynamo" in sys.modules  # else nothing is compiled; to import it takes seconds
     try:
-        yield hooks
+        with torch.compiler.set_stance("force_eager") if is_in_use else nullcontext():
+            yield hooks
     finally:
         for hook in hooks:
             hook.remove()

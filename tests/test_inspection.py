@@ -6,7 +6,7 @@ from torch import nn
 
 from kandinsky import MoVQ, Prior, UNet
 from kandinsky.inspection import attention_maps, edit, module_names, record
-from kandinsky.optimize import optimize
+from kandinsky.optimize import COMPILER, optimize
 from tests import small
 from tests.helpers import needs_packing, randn, relative_l2
 from tests.small import EMBEDDING_DIM, NETWORKS, movq_output, ours, prior_output, unet_output
@@ -119,6 +119,26 @@ def test_memory_is_bounded_and_what_is_left_out_is_counted():
     assert [len(values) for values in seen.values()] == [1, 0, 0] and seen.dropped == 2  # nothing after a gap
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_is_compiled_is_seen_and_changed_too(monkeypatch):
+    monkeypatch.setitem(COMPILER, "backend", "eager")
+    unet, plain = ours(UNet, small.reference_unet()), ours(UNet, small.reference_unet())
+    optimize(unet, compile=True)
+    unet_output(unet)
+    name, zeroed = "mid_block.attentions.0.to_q", {"mid_block.attentions.0.to_out": torch.zeros_like}
+    with record(unet, name) as seen, record(plain, name) as wanted:
+        unet_output(unet), unet_output(plain)
+    assert relative_l2(seen[name][0], wanted[name][0]) <= 1e-5
+    with edit(unet, zeroed), edit(plain, zeroed):
+        changed = unet_output(unet)
+        assert relative_l2(changed, unet_output(plain)) <= 1e-5
+    assert relative_l2(changed, unet_output(plain)) > 1e-4
+    with attention_maps(unet, "mid_block*") as maps:
+        unet_output(unet)
+    assert len(maps["mid_block.attentions.0"]) == 1
+
+
 @needs_packing
 def test_what_is_not_called_in_an_optimized_network_is_refused():
     unet, movq = ours(UNet, small.reference_unet()), ours(MoVQ, small.reference_movq())
@@ -155,6 +175,10 @@ def test_unknown_names_are_refused_with_the_nearest_and_errors_leave_no_trace():
         with pytest.raises(KeyError), block:
             raise KeyError("stop")
         assert hooks_of(unet) == 0 and unet.forward.__globals__["attention"] is original
+    with pytest.raises(
+        ValueError, match=r"up_blocks is a ModuleList, which only holds others: up_blocks\.\*"
+    ):
+        module_names(unet, "up_blocks")
     with pytest.raises(ValueError, match="no module called conv_in of UNet has an attention whose map"):
         with attention_maps(unet, "conv_in"):
             pass
