@@ -121,8 +121,11 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
         found.prior_timesteps.append(step.t)
         estimates.append(step.x0[:1])
 
-    def read_out(weights: Tensor) -> Tensor:  # the guided half comes second
-        return weights[len(weights) // 2, :, -1].mean(dim=0).cpu()
+    # the prompt's row comes behind the one it is led away from
+    is_guided = found.settings["prior_guidance_scale"] > 1
+
+    def read_out(weights: Tensor) -> Tensor:
+        return weights[int(is_guided), :, -1].mean(dim=0).cpu()
 
     start = time.perf_counter()
     with (
@@ -144,8 +147,8 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
     result = embeds.image_embeds[:1].float().cpu()
     found.prior_cosines = F.cosine_similarity(clean, result).tolist()
     found.prior_path = project(clean).tolist()
-    text_embeds = read["embedding_proj"][0].float().cpu()
-    found.text_cosine = F.cosine_similarity(text_embeds[len(text_embeds) // 2], result[0], dim=0).item()
+    text_embeds = read["embedding_proj"][0].float().cpu()[-1 if is_guided else 0]
+    found.text_cosine = F.cosine_similarity(text_embeds, result[0], dim=0).item()
     by_step = [torch.stack(calls[1:]) for calls in maps.values()]  # the first call was the prefill
     names, shares = [*found.tokens, *PARTS], torch.stack(by_step).mean(dim=0)  # (steps, tokens)
     padding = shares.shape[1] - len(names)

@@ -68,6 +68,41 @@ def test_what_the_text_embedding_says_is_the_runs(pipe):
     assert found.text_cosine == pytest.approx(F.cosine_similarity(text, image).item(), abs=1e-5)
 
 
+def test_without_guidance_what_is_told_is_the_prompts_too(pipe):
+    call = {"prior_guidance_scale": 1.0, "seed": 3, "height": 32, "width": 32, **STEPS}
+    with_negative, without = (explain.trace(pipe, PROMPT, negative_prompt=n, **call) for n in ("a", None))
+    assert with_negative.text_cosine == pytest.approx(
+        F.cosine_similarity(
+            pipe.text_encoder(pipe.tokenizer([PROMPT])[0])[1],
+            pipe.embed(PROMPT, "a", num_inference_steps=4, guidance_scale=1.0, seed=3).image_embeds,
+        ).item(),
+        abs=1e-5,
+    )
+    names, shares = zip(*with_negative.prior_attention)
+    assert names == tuple(name for name, _ in without.prior_attention), "no padding: the prompt is longer"
+    assert torch.tensor(shares).shape == (len(names), 4)
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"height": -1}, ValueError, "height is -1"),
+        ({"sampler": "x"}, ValueError, "sampler is 'x'"),
+        ({"guidance_scale": float("nan")}, ValueError, "guidance_scale is nan"),
+        ({"task": "img2img"}, TypeError, "image is a NoneType"),
+        ({"foo": 3}, TypeError, r"text2img\(\) has no argument 'foo'"),
+        ({"prior_guidance_scale": "4"}, TypeError, "prior_guidance_scale is '4'"),
+        ({"negative_prompt": 3}, TypeError, "negative_prompt is a int"),
+        ({"prompt": ["a", "b"]}, TypeError, "prompt is a list; one string is needed"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_weight_is_read(random_folder, wrong, error, message):
+    pipe = Kandinsky.from_pretrained(random_folder / "kandinsky-2-2-decoder")
+    with pytest.raises(error, match=message):
+        explain.trace(pipe, **{"prompt": PROMPT, **STEPS, **wrong})
+    assert not pipe._loaded and pipe.seeds == []
+
+
 def test_2_1_reads_each_word_somewhere(random_folder):
     pipe = Kandinsky.from_pretrained(random_folder / "kandinsky-2-1")
     with inspection.attention_maps(pipe.unet, "mid_block*") as maps:
