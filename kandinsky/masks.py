@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kandinsky import images
 
+WIDEST = 4096  # margin of a mask, pixels
 MASK = "a PIL picture, or a numpy array or tensor (h, w) in [0, 1]"
 
 
@@ -41,10 +42,11 @@ def mask(value: Any, name: str = "mask_image") -> Tensor:
         raise TypeError(f"{name} is a {type(value).__name__}; needed is {MASK}{opened}")
     x = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
     if x.ndim == 3 and 1 in (x.shape[0], x.shape[2]):
-        x = x.squeeze(0 if x.shape[0] == 1 else 2)
+        first = x.shape[0] == 1 and (x.shape[2] != 1 or isinstance(value, Tensor))
+        x = x.squeeze(0 if first else 2)
     if x.ndim != 2:
         raise images.PictureError(f"{name} has the shape {tuple(value.shape)}; needed is {MASK}")
-    if not x.is_floating_point() and x.numel() and 0 <= int(x.min()) and int(x.max()) <= 1:
+    if not x.is_floating_point() and ((x == 0) | (x == 1)).all():
         x = x.float()
     return images.unit_range(x, name)
 
@@ -66,18 +68,35 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
 
 def grow(x: Tensor, pixels: int) -> Tensor:
     """Repaints a margin of so many pixels more, in all directions. (1, h, w) of 0 and 1 -> likewise"""
-    size = 2 * pixels + 1
-    x = F.max_pool2d(x, (size, 1), stride=1, padding=(pixels, 0))
-    return F.max_pool2d(x, (1, size), stride=1, padding=(0, pixels))
+    for dim in (-1, -2):
+        before = F.pad(x.transpose(-1, dim), (1, 0)).cumsum(dim=-1)  # how many are repainted before each
+        place = torch.arange(x.shape[dim])
+        first, last = (place - pixels).clamp(min=0), (place + pixels + 1).clamp(max=len(place))
+        x = (before[..., last] > before[..., first]).float().transpose(-1, dim)
+    return x.contiguous()
 
 
 def feather(x: Tensor, pixels: int) -> Tensor:
     """A ramp inside the repainted region, that wide; outside it stays 0. (1, h, w) of 0 and 1 -> [0, 1]"""
-    total, eroded = x, x
-    for _ in range(pixels):
-        eroded = 1 - grow(1 - eroded, 1)
-        total = total + eroded
-    return total / (pixels + 1)
+    return steps_inside(x).clamp(max=pixels + 1) / (pixels + 1)
+
+
+def steps_inside(x: Tensor) -> Tensor:
+    """How many steps lead to the nearest 0, diagonal ones too; where there is none, a number beyond all.
+
+    Two passes over the rows (Rosenfeld and Pfaltz 1968): along a row the least of value + distance is a
+    running minimum. x: (1, h, w) of 0 and 1 -> (1, h, w)
+    """
+    h, w = x.shape[-2:]
+    steps, place = x * (h + w + WIDEST), torch.arange(w, dtype=x.dtype)
+    for _ in range(2):  # down and to the right, then up and to the left
+        for y in range(h):
+            if y:
+                above = -F.max_pool1d(-steps[:, y - 1], 3, stride=1, padding=1)
+                steps[:, y] = torch.minimum(steps[:, y], above + 1)
+            steps[:, y] = (steps[:, y] - place).cummin(dim=-1).values + place
+        steps = steps.flip(-2, -1)
+    return steps
 
 
 def keep_latents(x: Tensor, downscale: int) -> Tensor:

@@ -12,7 +12,6 @@ from kandinsky.embedding import Embedding, OnStep
 from kandinsky.sampling import ImageEmbeds, last_steps
 from kandinsky.schedulers import DPMSolverScheduler, NoiseScheduler, Timesteps
 
-WIDEST = 4096  # margin of a mask, pixels
 LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
@@ -174,8 +173,8 @@ class Requests(Embedding):
             hints=hints,
             keep_unmasked=arguments.flag(inputs.keep_unmasked, "keep_unmasked"),
             invert_mask=arguments.flag(inputs.invert_mask, "invert_mask"),
-            grow_mask=arguments.whole(inputs.grow_mask, "grow_mask", 0, WIDEST),
-            feather_mask=arguments.whole(inputs.feather_mask, "feather_mask", 0, WIDEST),
+            grow_mask=arguments.whole(inputs.grow_mask, "grow_mask", 0, masks.WIDEST),
+            feather_mask=arguments.whole(inputs.feather_mask, "feather_mask", 0, masks.WIDEST),
         )
         seeds = arguments.seeds(batch.seed, num_images)
         self._check_weights(words, guidance_scale, output.output_type != "latent" or pictures is not None)

@@ -241,6 +241,7 @@ MASK = (np.random.default_rng(5).random((20, 31)) > 0.6).astype(np.uint8)
         torch.from_numpy(MASK).double(),
         torch.from_numpy(MASK).float()[None],
         torch.from_numpy(MASK).long(),
+        MASK.astype(np.uint16),
     ],
 )
 def test_the_same_mask_is_the_same_tensor_in_every_form(form):
@@ -248,6 +249,11 @@ def test_the_same_mask_is_the_same_tensor_in_every_form(form):
     assert torch.equal(x, torch.from_numpy(MASK).float())
     x.fill_(0.25)
     assert torch.equal(masks.mask(form), torch.from_numpy(MASK).float())
+
+
+def test_a_mask_of_one_row_is_not_turned():
+    row = np.array([[[0], [1], [1]]], dtype=np.uint8)  # numpy: (h, w, 1)
+    assert masks.mask(row).shape == (1, 3) and masks.mask(torch.from_numpy(row)).shape == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +298,24 @@ def test_growing_and_feathering():
     assert (soft[grown == 0] == 0).all() and (soft[grown == 1] > 0).all()
     assert soft[0, 5].tolist() == [0, 0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25, 0, 0]
     assert torch.equal(masks.feather(torch.ones(1, 5, 5), 4), torch.ones(1, 5, 5))  # the border is no edge
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 9),
+    st.sampled_from([0.02, 0.3, 0.9]),
+    st.integers(0, 999),
+)
+def test_growing_and_feathering_are_what_pooling_says(height, width, pixels, share, seed):
+    x = (torch.rand(1, height, width, generator=torch.Generator().manual_seed(seed)) < share).float()
+
+    def pooled(x, pixels):
+        return torch.nn.functional.max_pool2d(x, 2 * pixels + 1, stride=1, padding=pixels)
+
+    assert torch.equal(masks.grow(x, pixels), pooled(x, pixels))
+    eroded = [1 - pooled(1 - x, n) for n in range(pixels + 1)]
+    assert torch.equal(masks.feather(x, pixels), sum(eroded) / (pixels + 1))
 
 
 def test_pasting_keeps_and_takes_to_the_last_bit():
