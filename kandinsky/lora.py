@@ -36,7 +36,8 @@ class LoRA(nn.Module):
 
     def __init__(self, factors: Factors, scale: float = 1.0):
         super().__init__()
-        self.down, self.up = nn.Parameter(factors.down), nn.Parameter(factors.up)
+        # of its own: a pipeline gives the factors again, untrained, to a network that is read again
+        self.down, self.up = nn.Parameter(factors.down.clone()), nn.Parameter(factors.up.clone())
         self.alpha, self.scale = factors.alpha, scale
 
     @property

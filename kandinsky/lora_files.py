@@ -93,6 +93,8 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
 
 def write_lora(layers: dict[str, Factors], path: str | Path) -> None:
     """Writes peft's layout with its config in the header, as diffusers' `save_lora_adapter` does."""
+    if Path(path).suffix in _PICKLES:
+        raise ValueError(f"{path}: the file is no pickle; give it the suffix .safetensors")
     tensors = {}
     for name, factors in layers.items():
         tensors |= {f"{name}.lora_A.weight": factors.down, f"{name}.lora_B.weight": factors.up}

@@ -759,6 +759,10 @@ def test_saving_needs_exactly_one_lora(tmp_path):
     add_lora(unet, 2, targets="to_q")
     with pytest.raises(ValueError, match="several LoRAs are loaded; a file holds one"):
         save_lora(unet, tmp_path / FILE)
+    with pytest.raises(ValueError, match="mine.bin: the file is no pickle; give it the suffix .safetensors"):
+        one = ours(UNet, reference_unet())
+        add_lora(one, 2)
+        save_lora(one, tmp_path / "mine.bin")
     assert not list(tmp_path.iterdir())
 
 
@@ -783,6 +787,16 @@ def files(tmp_path) -> dict[str, Path]:
 def draw(pipe: Kandinsky) -> torch.Tensor:
     sizes = {"num_inference_steps": 2, "prior_num_inference_steps": 2, "height": 16, "width": 32}
     return pipe.text2img("a red cat", seed=3, output_type="latent", **sizes)
+
+
+def test_a_network_that_is_read_again_gets_the_files_lora_not_the_trained_one(pipe, files):
+    pipe.load_lora(files["unet"])
+    before = [parameter.clone() for parameter in train_only_lora(pipe.unet)]
+    with torch.no_grad():
+        for parameter in lora_parameters(pipe.unet):
+            parameter.add_(1)
+    del pipe.unet
+    assert all(map(torch.equal, lora_parameters(pipe.unet), before))
 
 
 @pytest.mark.parametrize("used_before", [False, True])
