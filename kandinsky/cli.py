@@ -160,11 +160,10 @@ def add_prompt(parser: ArgumentParser) -> None:
 
 
 def add_picture_flags(parser: ArgumentParser, **flags: str) -> None:
-    """flags: of image, mask, hint those that the script takes, with their help."""
+    """flags: of image, mask, hint those that the script takes, with their help; each may be repeated."""
     for name in ("image", "mask", "hint"):
         if name in flags:
-            more = f"{flags[name]}; repeat it for one per prompt"
-            parser.add_argument(f"--{name}", type=Path, action="append", metavar="FILE", help=more)
+            parser.add_argument(f"--{name}", type=Path, action="append", metavar="FILE", help=flags[name])
         else:
             parser.set_defaults(**{name: None})
 

@@ -164,6 +164,7 @@ def _write(
             texts = metadata.texts(described | {"index": number}, picture.size)
             if problem:  # `parameters` alone is kept
                 del texts[metadata.KEY]
+        name = images.fitting_name(name, picture.size)
         save = partial(images.save_image, picture, overwrite=args.overwrite, texts=texts)
         path = cli.write_free(name, args.overwrite, save)
         print(f"{path} (seed {seeds[number % len(seeds)]})")

@@ -28,6 +28,7 @@ SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 ANIMATIONS = {".gif": "GIF", ".webp": "WEBP"}
 FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow reads seventy more, and most of its security holes lie there
 MAX_PIXELS = 64_000_000
+LONGEST_SIDES = {"WEBP": 16383, "JPEG": 65500}  # pixels, of what these formats can hold
 LONGEST_NAME = 240  # bytes of a file's name, of the 255 that systems allow: a number may be added
 PICTURE = "a PIL picture, a numpy array (h, w, 3) or a tensor (3, h, w)"
 
@@ -270,6 +271,17 @@ def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
     except OSError:
         said = f"{path} cannot be written: {parent} is not a folder that can be written to"
         raise OSError(said) from None
+
+
+def fitting_name(path: Path, size: tuple[int, int]) -> Path:
+    """The name, or where its format has no pictures of that size the same as .png, with a warning."""
+    file_format = check_suffix(path)
+    longest = LONGEST_SIDES.get(file_format)
+    if longest is None or max(size) <= longest:
+        return path
+    wide = f"a {file_format} has up to {longest} pixels a side, this picture {size[0]}×{size[1]}"
+    warnings.warn(f"{wide}; it is written as PNG", stacklevel=2)
+    return path.with_suffix(".png")
 
 
 def save_image(

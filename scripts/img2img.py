@@ -8,8 +8,8 @@ from kandinsky import cli, drawing
 def make_parser():
     parser = cli.OneLineParser(__doc__)
     cli.add_prompt(parser)
-    hint = "depth map, near is white; takes a checkpoint for hints"
-    cli.add_picture_flags(parser, image="the picture to redraw", hint=hint)
+    hint = "depth map, near is white; takes a checkpoint for hints; repeat it for one per prompt"
+    cli.add_picture_flags(parser, image="the picture to redraw; repeat it for one per prompt", hint=hint)
     parser.add_argument("--strength", type=float, default=0.3, help="share of the steps that run, 0 to 1")
     cli.add_sampling_flags(parser)
     cli.add_size_flags(parser, "the picture's own")

@@ -8,8 +8,8 @@ from kandinsky import cli, drawing
 def make_parser():
     parser = cli.OneLineParser(__doc__)
     cli.add_prompt(parser)
-    mask = "white is repainted, black is kept to the last bit"
-    cli.add_picture_flags(parser, image="the picture to repaint", mask=mask)
+    mask = "white is repainted, black is kept to the last bit; repeat it for one per prompt"
+    cli.add_picture_flags(parser, image="the picture to repaint; repeat it for one per prompt", mask=mask)
     parser.add_argument("--invert-mask", action="store_true", help="repaint black and keep white")
     parser.add_argument("--grow-mask", type=int, default=0, help="pixels by which the repainted part grows")
     parser.add_argument("--feather-mask", type=int, default=0, help="pixels over which it fades in")

@@ -13,7 +13,7 @@ from kandinsky import ImageEmbeds, arguments, cli, drawing, images
 def make_parser():
     parser = cli.OneLineParser(__doc__)
     parser.add_argument("prompt", nargs="*", help="what to mix: prompts")
-    cli.add_picture_flags(parser, image="what to mix: a picture")
+    cli.add_picture_flags(parser, image="what to mix: a picture; repeat it for more")
     parser.add_argument(
         "--mix-weights",
         type=float,
@@ -41,8 +41,6 @@ def call_of(args) -> dict:
         raise ValueError("--frames leads from one item to another: two items, no weights, one picture each")
     if args.frames is not None:
         arguments.whole(args.frames, "--frames", 2, 1000)
-    if args.animation is not None and args.frames is None:
-        raise ValueError("--animation is made of --frames; give their number")
     weights = args.mix_weights or [1 / count] * count
     more = {"weights": weights, "negative_prior_prompt": args.negative_prior_prompt, "frames": args.frames}
     return {"prompt": args.prompt, **drawing.call_of(args), **more}
@@ -77,11 +75,10 @@ def draw_frames(pipe, call, inputs):
     """Every frame from the same noise: only what it shows moves."""
     first = mix(pipe, call, inputs, [1, 0])
     last = mix(pipe, call | {"seed": pipe.seeds}, inputs, [0, 1])
-    frames, seeds, words = [], pipe.seeds, drawing.beside_embeds(pipe, call)
+    seeds, words = pipe.seeds, drawing.beside_embeds(pipe, call)
     for share in torch.linspace(0, 1, call["frames"]):
         between = ImageEmbeds(torch.lerp(first[0], last[0], share), first[1])
-        frames += pipe.text2img(**words, embeds=between, seed=seeds, **decoder_call(call), progress=True)
-    return frames
+        yield from pipe.text2img(**words, embeds=between, seed=seeds, **decoder_call(call), progress=True)
 
 
 @cli.one_line_errors
@@ -91,6 +88,8 @@ def main(argv=None) -> int:
     if call["frames"] is not None:
         args.animation = args.animation or args.out.with_suffix(".gif")
         images.check_writable(args.animation, images.ANIMATIONS)
+    elif args.animation is not None:
+        raise ValueError("--animation is made of --frames; give their number")
     frames = []
 
     def run(pipe, call, inputs):
@@ -101,13 +100,16 @@ def main(argv=None) -> int:
         pipe.check("text2img", embeds=drawing.any_embeds(pipe, 1, has_negative), **asked)
         if call["frames"] is None:
             return draw_mixture(pipe, call, inputs)
-        frames.extend(draw_frames(pipe, call, inputs))
+        for frame in draw_frames(pipe, call, inputs):
+            frames.append(frame)
         return [images.grid(frames, math.ceil(math.sqrt(len(frames))))]
 
-    drawing.draw("mix", call, args, settings, ("kandinsky-2-2-decoder", "mini-decoder"), run)
-    if frames:
-        save = partial(images.save_animation, frames, overwrite=args.overwrite)
-        print(cli.write_free(args.animation, args.overwrite, save))
+    try:
+        drawing.draw("mix", call, args, settings, ("kandinsky-2-2-decoder", "mini-decoder"), run)
+    finally:  # of a run that was stopped, too, what there is
+        if frames:
+            save = partial(images.save_animation, frames, overwrite=args.overwrite)
+            print(cli.write_free(args.animation, args.overwrite, save))
     return 0
 
 

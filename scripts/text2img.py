@@ -8,8 +8,9 @@ from kandinsky import ImageEmbeds, cli, drawing
 def make_parser():
     parser = cli.OneLineParser(__doc__)
     cli.add_prompt(parser)
-    hint = "depth map, near is white; takes a checkpoint for hints"
-    cli.add_picture_flags(parser, image="in place of a prompt: draw variations of this picture", hint=hint)
+    image = "in place of a prompt: draw variations of this picture; repeat it for more"
+    hint = "depth map, near is white; takes a checkpoint for hints; repeat it for one per prompt or picture"
+    cli.add_picture_flags(parser, image=image, hint=hint)
     cli.add_sampling_flags(parser)
     cli.add_size_flags(parser)
     cli.add_model_flags(parser)

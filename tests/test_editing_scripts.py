@@ -1,5 +1,6 @@
 """img2img, inpaint and mix as a user starts them, and the settings that pictures carry."""
 
+import functools
 import json
 import re
 import warnings
@@ -125,6 +126,33 @@ def test_frames_lead_from_one_item_to_the_other(pipe, decoder_folder, files, cap
         assert np.abs(frame - np.array(wanted)).max() <= 1
     assert run("mix", *given, "--animation", files / "other.webp") == 0
     assert (files / "other.webp").exists() and (files / "strip-1.png").exists()
+
+
+def test_a_stopped_strip_keeps_the_frames_that_there_are(decoder_folder, files, capsys, monkeypatch):
+    drawn, draw = [], Kandinsky.text2img
+
+    @functools.wraps(draw)
+    def stopped(pipe, **call):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(draw(pipe, **call))
+        return drawn[-1]
+
+    monkeypatch.setattr(Kandinsky, "text2img", stopped)
+    given = ["a red cat", "a dog", "--frames", "5", "--height", "16", "--width", "16", *QUICK]
+    assert run("mix", *given, "--weights", decoder_folder, "--out", files / "strip.png") == 130
+    assert capsys.readouterr().out == f"{files / 'strip.gif'}\n" and not (files / "strip.png").exists()
+    with Image.open(files / "strip.gif") as animation:
+        assert animation.n_frames == 2
+
+
+def test_a_picture_too_wide_for_its_format_is_written_as_png(decoder_folder, files, capsys):
+    given = ["a", "--width", "16400", "--height", "2", "--steps", "1", "--prior-steps", "1", "--seed", "0"]
+    assert run("text2img", *given, "--weights", decoder_folder, "--out", files / "wide.webp") == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{files / 'wide.png'} (seed 0)\n"
+    assert "a WEBP has up to 16383 pixels a side, this picture 16400×2; it is" in captured.err
+    assert pixels(files / "wide.png").shape == (2, 16400, 3)
 
 
 CASES = {
