@@ -10,6 +10,7 @@ import math
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -197,8 +198,8 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
     """A finite real number in low..high."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; a number is needed")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; a finite number is needed")
+    if not abs(value) <= sys.float_info.max:  # also where it is NaN, or an int that no float reaches
+        raise ValueError(f"{name} is {str(value)[:20]}; a finite number is needed")
     if not low <= value <= high:
         raise ValueError(
             f"{name} is {value}; allowed is {low} {'and more' if high == math.inf else f'to {high}'}"

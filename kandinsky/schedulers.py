@@ -197,9 +197,10 @@ class DDIMScheduler(NoiseScheduler):
         return super().alpha_bar(t if self.set_alpha_to_one else max(t, 0))
 
     def timesteps(self, num_steps: int) -> Timesteps:
-        """Evenly spaced, each t_prev one stride below; t = 1000 is clamped to 999."""
+        """Evenly spaced, each t_prev one stride below; t = 1000 is clamped to 999, as an offset may give."""
         stride, ts = self._leading(num_steps)
-        return [(t, stride * i + self.steps_offset - stride) for t, i in zip(ts, reversed(range(num_steps)))]
+        previous = [stride * (i - 1) + self.steps_offset for i in reversed(range(num_steps))]
+        return [(t, min(t_prev, self.num_train_steps - 1)) for t, t_prev in zip(ts, previous)]
 
     def draws_noise(self, t: int, t_prev: int) -> bool:
         return False

@@ -324,6 +324,7 @@ FORGED = [
     ("task", ["x"], "task is"),
     ("index", 1, "index is 1 of 1 pictures"),
     ("index", -1, "index is '-1'"),
+    pytest.param("lora_scale", 10**400, "lora_scale is '1000", id="beyond floats"),
     ("extra", 1, "settings: unknown 'extra'"),
     ("dtype", KeyError, "settings: missing 'dtype'"),
     ("dtype", "int8", "dtype is 'int8'"),

@@ -771,6 +771,7 @@ BAD_CALLS = [
     ({"prior_num_inference_steps": 0}, ValueError, "^prior_num_inference_steps is 0; allowed is 1 to"),
     ({"guidance_scale": "4"}, TypeError, "guidance_scale is '4' of type str; a number is needed"),
     ({"guidance_scale": float("nan")}, ValueError, "guidance_scale is nan; a finite number is needed"),
+    ({"guidance_scale": 10**400}, ValueError, "guidance_scale is 10{19}; a finite number is needed"),
     (
         {"prior_guidance_scale": float("inf")},
         ValueError,

@@ -207,6 +207,17 @@ def test_an_unclip_file_without_prediction_type_means_epsilon_and_is_refused():
         from_config({"_class_name": "UnCLIPScheduler"})
 
 
+@given(num_steps=st.integers(1, 1000), offset=st.integers(0, 999))
+def test_no_offset_leads_out_of_the_table(num_steps, offset):
+    for kind in (DDPMScheduler, DDIMScheduler):
+        scheduler = kind(steps_offset=offset)
+        steps = scheduler.timesteps(num_steps)
+        assert len(steps) == num_steps and all(
+            0 <= t <= 999 and -1000 <= t_prev <= 999 for t, t_prev in steps
+        )
+        _ = [scheduler.alpha_bar(t_prev) for _, t_prev in steps[:3]]
+
+
 def test_switching_to_ddim_the_way_diffusers_does_loads(tmp_path):
     ddpm = diffusers.DDPMScheduler.from_config(ALL["2.2 decoder"])
     diffusers.DDIMScheduler.from_config(ddpm.config).save_pretrained(tmp_path)
