@@ -53,7 +53,10 @@ def main(argv=None) -> int:
     steps = {"prior_num_inference_steps": args.prior_steps, "num_inference_steps": args.steps}
     steps |= {n: getattr(args, n) for n in ("guidance_scale", "prior_guidance_scale", "sampler")}
     found = explain.trace(pipe, args.prompt, task, args.seed, args.negative_prompt, **steps, **call)
-    found.settings |= {"weights": folder.name, "dtype": args.dtype, "device": str(pipe.device)}
+    found.settings |= {name: path.name for name, path in files.items() if path is not None}
+    found.settings |= {f"lora {path.name}": args.lora_scale for path in args.lora or []}
+    found.settings |= {"weights": folder.name, "prior": pipe.need_prior().name, "dtype": args.dtype}
+    found.settings |= {"device": str(pipe.device), "optimized": args.optimize}
 
     def write(path: Path) -> None:
         with atomic_file(path, args.overwrite) as temporary:
