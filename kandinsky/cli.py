@@ -189,29 +189,42 @@ def add_output_flags(parser: ArgumentParser) -> None:
     )
 
 
-OFFICIAL_2_1 = {
-    "kandinsky-2-2-decoder": "kandinsky-2-1",
-    "kandinsky-2-2-decoder-inpaint": "kandinsky-2-1-inpaint",
+# the repositories' names by kind of decoder and --weights; None: the embedded one
+DECODERS = {
+    "text2img": {
+        "2.2": "kandinsky-2-2-decoder",
+        "2.1": "kandinsky-2-1",
+        None: "mini-decoder",
+    },
+    "inpaint": {
+        "2.2": "kandinsky-2-2-decoder-inpaint",
+        "2.1": "kandinsky-2-1-inpaint",
+        None: "mini-decoder-inpaint",
+    },
+    "hint": {
+        "2.2": "kandinsky-2-2-controlnet-depth",
+        None: "mini-controlnet-depth",
+    },
 }
 
 
-def decoder_folder(weights: str | None, official: str, embedded: str) -> Path:
-    """The decoder folder that --weights means.
+def decoder_kind(task: str, has_hint: bool) -> str:
+    """Which of DECODERS a task takes."""
+    return "inpaint" if task == "inpaint" else "hint" if has_hint else "text2img"
 
-    Args:
-        weights: None, "2.2", "2.1", or a folder.
-        official, embedded: names of the official and the embedded repository for the script's task.
+
+def decoder_folder(weights: str | None, kind: str = "text2img") -> Path:
+    """The decoder folder that --weights means: None, "2.2", "2.1", or a folder.
 
     Raises:
         ValueError: it is not there; the message says how to get it.
     """
     if weights not in (None, "2.2", "2.1"):
         return Path(weights)
-    if weights == "2.1":
-        if official not in OFFICIAL_2_1:
-            raise ValueError(f"2.1 has nothing like {official}; use --weights 2.2, or a decoder folder")
-        official = OFFICIAL_2_1[official]
-    folder = WEIGHTS / (embedded if weights is None else official)
+    names = DECODERS[kind]
+    if weights not in names:
+        raise ValueError(f"2.1 has nothing like {names['2.2']}; use --weights 2.2, or a decoder folder")
+    folder = WEIGHTS / names[weights]
     if folder.is_dir():
         return folder
     model = weights or "2.2"

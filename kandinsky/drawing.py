@@ -111,19 +111,16 @@ def any_embeds(pipe: Kandinsky, count: int, has_negative: bool = False) -> Image
     return ImageEmbeds(rows, rows if has_negative else None)
 
 
-def draw(
-    task: str, call: dict[str, Any], args: Namespace, settings: dict | None, names: tuple[str, str], run: Run
-) -> list[Path]:
+def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None, run: Run) -> list[Path]:
     """Opens the checkpoint, draws and writes; prints a line for each picture.
 
     Args:
         call: the arguments, or with settings those of the picture to be made again.
-        names: the official and the embedded checkpoint's.
     """
     images.check_writable(args.out)
     files = {"image": args.image, "mask_image": args.mask, "hint": args.hint, "lora": args.lora}
     files = {name: paths for name, paths in files.items() if paths}
-    decoder = cli.decoder_folder(args.weights, *names)
+    decoder = cli.decoder_folder(args.weights, cli.decoder_kind(task, "hint" in files))
     pictures = {name: paths for name, paths in files.items() if name != "lora"}
     inputs = {name: [images.open_image(path) for path in paths] for name, paths in pictures.items()}
     keep_loaded = not args.low_memory

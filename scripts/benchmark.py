@@ -130,7 +130,7 @@ def check(parser: cli.OneLineParser, args) -> None:
     if args.weights == "2.1":
         parser.error("--weights is 2.1; what is compared is 2.2's")
     if args.what in ("start", "pictures", "cuda"):
-        args.weights = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", DECODER.name)
+        args.weights = cli.decoder_folder(args.weights)
 
 
 def process(*command: str) -> Callable[[], tuple[float, float]]:

@@ -485,7 +485,7 @@ def settings_of(args: Any) -> Settings:
     pixels = None if args.pixels is None else arguments.whole(args.pixels, "--pixels")
     settings = Settings(args.size, device, dtype, pixels, arguments.whole(args.seeds, "--seeds"), args.model)
     if args.weights is not None:
-        decoder = cli.decoder_folder(args.weights, "kandinsky-2-2-decoder", "mini-decoder")
+        decoder = cli.decoder_folder(args.weights)
         pipe = Kandinsky.from_pretrained(decoder, args.prior)
         settings.decoder, settings.prior = pipe.decoder_folder, pipe.prior_folder
         settings.model = "2.1" if pipe.unet_config.text else "2.2"

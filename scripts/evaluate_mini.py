@@ -38,7 +38,7 @@ SEED = 1_000_003  # of the shapes; training uses small ones
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
-    parser.add_argument("--task", choices=tuple(DECODERS), default="text2img", help="see above")
+    parser.add_argument("--task", choices=tuple(EVALUATE), default="text2img", help="see above")
     parser.add_argument("--weights", help="2.2 or a decoder folder; default: the task's embedded one")
     parser.add_argument(
         "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
@@ -60,8 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")
     parser.add_argument("--out", type=Path, help="JSON file for the figures; the grid goes beside it")
     args = parser.parse_args(argv)
-    embedded = DECODERS[args.task]
-    args.weights = cli.decoder_folder(args.weights, embedded.replace("mini", "kandinsky-2-2"), embedded)
+    args.weights = cli.decoder_folder(args.weights, args.task)
     return args
 
 
@@ -194,11 +193,6 @@ def pairs(given: list, pictures: list) -> list:
     return [x for pair in zip(given[:12], pictures[:12]) for x in pair] if len(pictures) >= 12 else []
 
 
-DECODERS = {
-    "text2img": "mini-decoder",
-    "inpaint": "mini-decoder-inpaint",
-    "hint": "mini-controlnet-depth",
-}
 EVALUATE = {"text2img": evaluate_text, "inpaint": evaluate_inpaint, "hint": evaluate_hint}
 
 

@@ -36,15 +36,11 @@ def main(argv=None) -> int:
     if args.hint is not None and args.mask is not None:
         raise ValueError("give --hint or --mask, not both")
     task = "inpaint" if args.mask is not None else "img2img" if args.image is not None else "text2img"
-    names = ("kandinsky-2-2-decoder", "mini-decoder")
-    if task == "inpaint":
-        names = ("kandinsky-2-2-decoder-inpaint", "mini-decoder-inpaint")
-    if args.hint is not None:
-        names = ("kandinsky-2-2-controlnet-depth", "mini-controlnet-depth")
     files = {"image": args.image, "mask_image": args.mask, "hint": args.hint}
     call = {name: images.open_image(path) for name, path in files.items() if path is not None}
     call |= {n: getattr(args, n) for n in ("height", "width", "strength") if getattr(args, n) is not None}
-    folder, dtype = cli.decoder_folder(args.weights, *names), getattr(torch, args.dtype)
+    folder = cli.decoder_folder(args.weights, cli.decoder_kind(task, args.hint is not None))
+    dtype = getattr(torch, args.dtype)
     pipe = Kandinsky.from_pretrained(folder, args.prior, args.device, dtype, not args.low_memory)
     for path in args.lora or []:
         pipe.load_lora(path, args.lora_scale)

@@ -28,10 +28,7 @@ def main(argv=None) -> int:
     else:
         prompts = drawing.need_prompts(args)
         call = {"prompt": prompts, **drawing.call_of(args), "strength": args.strength}
-    names = ("kandinsky-2-2-decoder", "mini-decoder")
-    if args.hint:
-        names = ("kandinsky-2-2-controlnet-depth", "mini-controlnet-depth")
-    drawing.draw("img2img", call, args, settings, names, drawing.run_task("img2img"))
+    drawing.draw("img2img", call, args, settings, drawing.run_task("img2img"))
     return 0
 
 

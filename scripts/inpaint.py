@@ -39,8 +39,7 @@ def main(argv=None) -> int:
             "grow_mask": args.grow_mask,
             "feather_mask": args.feather_mask,
         }
-    names = ("kandinsky-2-2-decoder-inpaint", "mini-decoder-inpaint")
-    drawing.draw("inpaint", call, args, settings, names, drawing.run_task("inpaint"))
+    drawing.draw("inpaint", call, args, settings, drawing.run_task("inpaint"))
     return 0
 
 

@@ -105,7 +105,7 @@ def main(argv=None) -> int:
         return [images.grid(frames, math.ceil(math.sqrt(len(frames))))]
 
     try:
-        drawing.draw("mix", call, args, settings, ("kandinsky-2-2-decoder", "mini-decoder"), run)
+        drawing.draw("mix", call, args, settings, run)
     finally:  # of a run that was stopped, too, what there is
         if frames:
             save = partial(images.save_animation, frames, overwrite=args.overwrite)

@@ -38,11 +38,8 @@ def main(argv=None) -> int:
         call = {"prompt": None, **drawing.call_of(args)}
     else:
         call = {"prompt": drawing.need_prompts(args), **drawing.call_of(args)}
-    names = ("kandinsky-2-2-decoder", "mini-decoder")
-    if args.hint:
-        names = ("kandinsky-2-2-controlnet-depth", "mini-controlnet-depth")
     run = vary if args.image else drawing.run_task("text2img")
-    drawing.draw("text2img", call, args, settings, names, run)
+    drawing.draw("text2img", call, args, settings, run)
     return 0
 
 
