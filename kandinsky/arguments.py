@@ -10,7 +10,6 @@ import math
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -198,13 +197,17 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
     """A finite real number in low..high."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; a number is needed")
-    if not abs(value) <= sys.float_info.max:  # also where it is NaN, or an int that no float reaches
+    try:
+        as_float = float(value)
+    except OverflowError:  # an int that no float reaches
+        as_float = math.inf
+    if not math.isfinite(as_float):
         raise ValueError(f"{name} is {str(value)[:20]}; a finite number is needed")
-    if not low <= value <= high:
+    if not low <= as_float <= high:
         raise ValueError(
             f"{name} is {value}; allowed is {low} {'and more' if high == math.inf else f'to {high}'}"
         )
-    return float(value)
+    return as_float
 
 
 def share(value: Any, name: str) -> float:

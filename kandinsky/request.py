@@ -117,7 +117,7 @@ class Requests(Embedding):
     """How `Kandinsky`'s tasks check their arguments."""
 
     def check(self, task: str, **call: Any) -> None:
-        """Raises now what the method of that name would raise for these arguments."""
+        """Raises what `text2img`, `img2img` or `inpaint` would raise for these arguments; reads no weight."""
         method, seeds = getattr(self, task), self.seeds
         arguments.known_names(method, call)
         bound = inspect.signature(method).bind(**call)
@@ -137,17 +137,15 @@ class Requests(Embedding):
         inputs: Inputs,
     ) -> Request:
         """Checks a call of a task; draws its seeds."""
-        self._check_task(task, inputs.hint)
-        pictures = None if task == "text2img" else images.pictures(inputs.image)
-        repaint = masks.masks(inputs.mask_image) if task == "inpaint" else None
-        hints = None if inputs.hint is None else images.hints(inputs.hint)
+        own = self._own_part(task, inputs)
+        pictures = own["pictures"]
         images_per_prompt = arguments.whole(batch.num_images_per_prompt, "num_images_per_prompt")
         arguments.output_type(output.output_type, OUTPUT_TYPES)
         size = self._size(batch.height, batch.width, pictures)
         full_size, latent_shape = self._full_size(size)
         scheduler = self._sampler(denoising.sampler)
         guidance_scale = arguments.number(denoising.guidance_scale, "guidance_scale")
-        words = self._words(content, pictures=pictures, masks=repaint, hints=hints)
+        words = self._words(content, **{name: own[name] for name in ("pictures", "masks", "hints")})
         num_images = words.num_prompts * images_per_prompt
         prior = (content.prior_num_inference_steps, content.prior_guidance_scale, "prior_")
         request = Request(
@@ -168,18 +166,25 @@ class Requests(Embedding):
             latents=arguments.noise(batch.latents, ((num_images, *latent_shape),)),
             output_type=output.output_type,
             watch=self._watch(output.on_step, output.progress),
-            pictures=pictures,
-            masks=repaint,
-            hints=hints,
-            keep_unmasked=arguments.flag(inputs.keep_unmasked, "keep_unmasked"),
-            invert_mask=arguments.flag(inputs.invert_mask, "invert_mask"),
-            grow_mask=arguments.whole(inputs.grow_mask, "grow_mask", 0, masks.WIDEST),
-            feather_mask=arguments.whole(inputs.feather_mask, "feather_mask", 0, masks.WIDEST),
+            **own,
         )
         seeds = arguments.seeds(batch.seed, num_images)
         self._check_weights(words, guidance_scale, output.output_type != "latent" or pictures is not None)
         self.seeds = seeds
         return request
+
+    def _own_part(self, task: str, inputs: Inputs) -> dict[str, Any]:
+        """What one task has and another has not, as a Request's fields."""
+        self._check_task(task, inputs.hint)
+        return {
+            "pictures": None if task == "text2img" else images.pictures(inputs.image),
+            "masks": masks.masks(inputs.mask_image) if task == "inpaint" else None,
+            "hints": None if inputs.hint is None else images.hints(inputs.hint),
+            "keep_unmasked": arguments.flag(inputs.keep_unmasked, "keep_unmasked"),
+            "invert_mask": arguments.flag(inputs.invert_mask, "invert_mask"),
+            "grow_mask": arguments.whole(inputs.grow_mask, "grow_mask", 0, masks.WIDEST),
+            "feather_mask": arguments.whole(inputs.feather_mask, "feather_mask", 0, masks.WIDEST),
+        }
 
     def _sampler(self, name: Any) -> NoiseScheduler:
         if name is None:
