@@ -3,7 +3,7 @@
 Two kinds are read: `.bin` files, whose names are the published ones already (controlnet-depth's main branch,
 old fine-tunes), and what the authors' own code saves (prior, decoder and MoVQ of Kandinsky 2.1), whose names
 are translated by the rules below. Either way the result must be, name by name and shape by shape, a network
-of this package, or the decoder of 2.1. The pickle is opened with `weights_only=True`: it can run no code.
+of this package. The pickle is opened with `weights_only=True`: it can run no code.
 """
 
 import re
@@ -37,7 +37,6 @@ Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 PUBLISHED_PICKLES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 HEAD_DIM = 64  # of every head in the released prior and decoder
 NETWORKS = (Prior, UNet, MoVQ, CLIPTextEncoder, CLIPImageEncoder, MultilingualCLIP)
-TEXT_IMAGE = {"addition_embed_type": "text_image", "encoder_hid_dim_type": "text_image_proj"}  # 2.1's decoder
 
 # Attention with all heads in one matrix: the rows of a head stand together, and in them those of each part.
 SPLITS = {"qkv": ("to_q", "to_k", "to_v"), "encoder_kv": ("add_k_proj", "add_v_proj")}
@@ -134,7 +133,9 @@ def convert(
     source = next((config for config in configs if config.exists()), None)
     config = read_json(source) if source else infer_config(tensors, head_dim)
     network = _network(config, str(source))
-    _check(tensors, expected_tensors(config, str(source)), str(path))
+    with skeleton():
+        expected = network(read_config(network.config_class, config, str(source))).state_dict()
+    _check(tensors, expected, str(path))
 
     target = folder / network.weights_name
     index = target.with_name(f"{target.name}.index.json")
@@ -210,30 +211,6 @@ def infer_config(tensors: Tensors, head_dim: int = HEAD_DIM) -> dict[str, Any]:
         raise CheckpointError(f"a network without {error} among its tensors is none of Kandinsky's") from None
     some = ", ".join(list(tensors)[:4])
     raise CheckpointError(f"tensors like {some} are of no known network; put its config.json beside the file")
-
-
-def expected_tensors(config: dict[str, Any], source: str = "config.json") -> Tensors:
-    """Name and shape of every tensor of the network that a published config describes, on the meta device."""
-    network = _network(config, source)
-    if config.get("addition_embed_type") != TEXT_IMAGE["addition_embed_type"]:
-        with skeleton():
-            return network(read_config(network.config_class, config, source)).state_dict()
-    like_2_2 = {"addition_embed_type": "image", "encoder_hid_dim_type": "image_proj"}
-    tensors = expected_tensors(config | like_2_2, source)
-    entrance = ("add_embedding.", "encoder_hid_proj.")
-    width, text_dim = config["cross_attention_dim"], config["encoder_hid_dim"]
-    temb_dim = 4 * config["block_out_channels"][0]
-    linears = {
-        "add_embedding.text_proj": (temb_dim, width),
-        "add_embedding.image_proj": (temb_dim, width),
-        "add_embedding.text_norm": (temb_dim,),
-        "encoder_hid_proj.image_embeds": (NUM_IMAGE_TOKENS_BESIDE_TEXT * width, width),
-        "encoder_hid_proj.text_proj": (width, text_dim),
-    }
-    own = {f"{name}.weight": shape for name, shape in linears.items()}
-    own |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
-    kept = {name: t for name, t in tensors.items() if not name.startswith(entrance)}
-    return kept | {name: torch.empty(shape, device="meta") for name, shape in own.items()}
 
 
 def _load(path: Path) -> Any:
@@ -350,17 +327,17 @@ def _unet_config(tensors: Tensors, head_dim: int) -> dict[str, Any]:
     text_proj = tensors.get("encoder_hid_proj.text_proj.weight")
     num_image_tokens = NUM_IMAGE_TOKENS if text_proj is None else NUM_IMAGE_TOKENS_BESIDE_TEXT
     width, embedding_dim = tensors["encoder_hid_proj.image_embeds.weight"].shape
-    config = UNetConfig(
+    return UNetConfig(
         in_channels=tensors["conv_in.weight"].shape[1],
         out_channels=tensors["conv_out.weight"].shape[0],
         block_out_channels=tuple(channels),
         layers_per_block=_count(tensors, r"down_blocks\.0\.resnets\.(\d+)\."),
         head_dim=head_dim,
         context_dim=width // num_image_tokens,
-        embedding_dim=embedding_dim,
+        embedding_dim=embedding_dim if text_proj is None else text_proj.shape[1],
+        text=text_proj is not None,
         hint="add_embedding.input_hint_block.0.weight" in tensors,
     ).published()
-    return config if text_proj is None else config | TEXT_IMAGE | {"encoder_hid_dim": text_proj.shape[1]}
 
 
 def _network(config: dict[str, Any], source: str) -> Any:

@@ -258,6 +258,15 @@ def test_the_config_of_another_network_is_refused(tmp_path, capsys):
     assert "is of 'AutoencoderKL'; known are PriorTransformer" in one_line(capsys)
 
 
+def test_what_the_reader_refuses_of_a_config_is_refused_before_anything_is_written(tmp_path, capsys):
+    path = pickled(tmp_path / "unet", text_image_unet(4, block_out_channels=(32, 64, 96), layers_per_block=2))
+    config = json.loads((path.parent / "config.json").read_text())
+    (path.parent / "config.json").write_text(json.dumps(config | {"encoder_hid_dim_type": "image_proj"}))
+    assert run("download_weights", "--convert", path) == 2
+    assert "addition_embed_type is 'text_image'" in one_line(capsys)
+    assert not (path.parent / SAFETENSORS).exists()
+
+
 def test_what_is_there_stays_unless_asked(tmp_path, capsys):
     path = pickled(tmp_path / "movq", reference_movq())
     target = path.parent / SAFETENSORS
