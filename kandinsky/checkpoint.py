@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from kandinsky import arguments
 from kandinsky.config import CheckpointError, read_config
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# what weights may be, and how a safetensors file names it
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 Model = TypeVar("Model", bound="Pretrained")
 
@@ -190,16 +191,21 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     raise CheckpointError(f"no such file: {single}{there}")
 
 
-def _wrong_tensors(expected: dict[str, Tensor], found: dict[str, tuple[tuple[int, ...], str]]) -> list[str]:
-    """What is missing, extra, misshapen or of the wrong kind, as lines for an error."""
+def check_tensors(
+    expected: dict[str, Tensor], found: dict[str, tuple[tuple[int, ...], str]], message: str
+) -> None:
+    """found: shape and kind, as FLOATS names it, by name. A tensor that is missing, extra, misshapen or of
+    another kind is a CheckpointError that begins with `message` and lists them."""
     problems = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in found]
     problems += [f"extra {name} {shape}" for name, (shape, _) in found.items() if name not in expected]
     for name, (shape, kind) in found.items():
         if name in expected and shape != tuple(expected[name].shape):
             problems.append(f"{name} is {shape}, needs {tuple(expected[name].shape)}")
-        elif name in expected and kind not in _FLOATS:
-            problems.append(f"{name} holds {kind}, needs one of {', '.join(_FLOATS)}")
-    return problems
+        elif name in expected and kind not in FLOATS.values():
+            problems.append(f"{name} holds {kind}, needs one of {', '.join(FLOATS.values())}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{message}: {shown}")
 
 
 def find_tensors(
@@ -219,13 +225,10 @@ def find_tensors(
     for handle in [open_safetensors(path, device) for path in files]:
         for name in handle.keys():
             piece = handle.get_slice(name)
-            if name.endswith(".position_ids") and piece.get_dtype() not in _FLOATS:
+            if name.endswith(".position_ids") and piece.get_dtype() not in FLOATS.values():
                 continue
             found[name], places[name] = (tuple(piece.get_shape()), piece.get_dtype()), handle
-    problems = _wrong_tensors(expected, found)
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"{files[0]} does not fit its config: {shown}")
+    check_tensors(expected, found, f"{files[0]} does not fit its config")
     return places
 
 

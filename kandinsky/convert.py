@@ -18,7 +18,9 @@ from einops import rearrange
 from torch import Tensor
 
 from kandinsky.checkpoint import (
+    FLOATS,
     CheckpointError,
+    check_tensors,
     read_json,
     remove_pieces,
     skeleton,
@@ -133,9 +135,7 @@ def convert(
     source = next((config for config in configs if config.exists()), None)
     config = read_json(source) if source else infer_config(tensors, head_dim)
     network = _network(config, str(source))
-    with skeleton():
-        expected = network(read_config(network.config_class, config, str(source))).state_dict()
-    _check(tensors, expected, str(path))
+    _check(tensors, network, read_config(network.config_class, config, str(source)), path)
 
     target = folder / network.weights_name
     index = target.with_name(f"{target.name}.index.json")
@@ -340,6 +340,13 @@ def _unet_config(tensors: Tensors, head_dim: int) -> dict[str, Any]:
     ).published()
 
 
+def _check(tensors: Tensors, network: type, config: Any, path: Path) -> None:
+    with skeleton():
+        expected = network(config).state_dict()
+    found = {n: (tuple(t.shape), FLOATS.get(t.dtype, str(t.dtype))) for n, t in tensors.items()}
+    check_tensors(expected, found, f"{path} is not the network it looks like")
+
+
 def _network(config: dict[str, Any], source: str) -> Any:
     for network in NETWORKS:
         key, *names = network.config_class.IDENTITY
@@ -348,16 +355,3 @@ def _network(config: dict[str, Any], source: str) -> Any:
     named = config.get("_class_name") or config.get("model_type")
     known = ", ".join(network.config_class.IDENTITY[1] for network in NETWORKS)
     raise CheckpointError(f"{source} is of {named!r}; known are {known}")
-
-
-def _check(tensors: Tensors, expected: Tensors, source: str) -> None:
-    problems = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in tensors]
-    problems += [f"extra {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in expected]
-    for name in expected.keys() & tensors.keys():
-        if tensors[name].shape != expected[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, needs {tuple(expected[name].shape)}")
-        elif not tensors[name].is_floating_point():
-            problems.append(f"{name} holds {tensors[name].dtype}, needs floating point")
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{source} is not the network it looks like: {'; '.join(problems[:8])}{more}")

@@ -220,6 +220,7 @@ def test_wrong_tensors_are_listed_and_nothing_is_written(tmp_path, capsys):
     del tensors["quant_conv.bias"]
     tensors["extra.weight"] = torch.zeros(3)
     tensors["quant_conv.weight"] = torch.zeros(1, 2, 3)
+    tensors["post_quant_conv.weight"] = tensors["post_quant_conv.weight"].to(torch.float8_e4m3fn)
     tensors["post_quant_conv.bias"] = torch.zeros(4, dtype=torch.int64)
     torch.save(tensors, path)
     assert run("download_weights", "--convert", path) == 2
@@ -228,7 +229,8 @@ def test_wrong_tensors_are_listed_and_nothing_is_written(tmp_path, capsys):
         "missing quant_conv.bias (4,)",
         "extra extra.weight (3,)",
         "quant_conv.weight is (1, 2, 3), needs (4, 4, 1, 1)",
-        "post_quant_conv.bias holds torch.int64, needs floating point",
+        "post_quant_conv.bias holds torch.int64, needs one of F64, F32, F16, BF16",
+        "post_quant_conv.weight holds torch.float8_e4m3fn, needs one of F64",
     ):
         assert problem in err
     assert not (path.parent / SAFETENSORS).exists()
