@@ -92,7 +92,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"no such file: {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder; a file is needed") from None
+    except (ValueError, RecursionError) as error:  # also numbers too long, or lists too deep, to be read
         raise CheckpointError(f"{path} is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object is needed")
@@ -222,11 +224,13 @@ def find_tensors(
             stale integer `position_ids` of old transformers files are dropped.
     """
     found, places = {}, {}
-    for handle in [open_safetensors(path, device) for path in files]:
+    for path, handle in [(path, open_safetensors(path, device)) for path in files]:
         for name in handle.keys():
             piece = handle.get_slice(name)
             if name.endswith(".position_ids") and piece.get_dtype() not in FLOATS.values():
                 continue
+            if name in found:
+                raise CheckpointError(f"{name} is in two files, {path} and another")
             found[name], places[name] = (tuple(piece.get_shape()), piece.get_dtype()), handle
     check_tensors(expected, found, f"{files[0]} does not fit its config")
     return places

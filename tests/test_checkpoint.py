@@ -368,6 +368,20 @@ def test_missing_files_and_folders_are_named(folder, tmp_path):
     assert "holds a JSON list; an object is needed" in refusal(folder)
     (folder / "config.json").write_bytes(b"\xff\xfe\x00")
     assert "is not JSON" in refusal(folder)
+    for unreadable in ("[" * 100_000, f'{{"in_channels": {"1" * 5000}}}'):
+        (folder / "config.json").write_text(unreadable)
+        assert f"{folder / 'config.json'} is not JSON (" in refusal(folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert refusal(folder) == f"{folder / 'config.json'} is a folder; a file is needed"
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    reference_unet().save_pretrained(tmp_path, max_shard_size="200KB")
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    tensors, twice = load_file(last), next(iter(load_file(first)))
+    save_file(tensors | {twice: load_file(first)[twice] + 1}, last)
+    assert refusal(tmp_path).startswith(f"{twice} is in two files, ")
 
 
 def test_an_index_cannot_point_outside_its_folder(folder):
