@@ -9,6 +9,7 @@ exist once in memory.
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,7 +145,7 @@ def _is_pickle(path: Path) -> bool:
     return head.startswith(b"PK\x03\x04") or (head.startswith(b"\x80") and head[8:] != b"{")
 
 
-def _how_to_convert(path: Path) -> str:
+def _how_to_convert(path: Path | str) -> str:
     return f"`scripts/download_weights.py --convert {path}` makes a safetensors file of it"
 
 
@@ -183,14 +184,30 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         return [single]
     if index.exists():
         return _shards(index)
-    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt")])
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has no {name}, only the pickle {pickles[0].name}; {_how_to_convert(pickles[0])}"
+    raise CheckpointError(f"no such file: {single}{_in_its_place(folder, name)}")
+
+
+def _in_its_place(folder: Path, name: str) -> str:
+    """What lies in a folder without the weights `name`, and what makes them of it."""
+
+    def there(*endings: str) -> list[str]:
+        return sorted(path.name for ending in endings for path in folder.glob(f"*{ending}"))
+
+    indices, others = there(".safetensors.index*.json"), there(".safetensors")
+    pickles = there(".bin", ".ckpt", ".pt", ".pth")
+    is_piece = any(re.search(r"-\d+-of-\d+\.", piece) for piece in (pickles or others)[:1])
+    if indices:  # a variant's, .fp16
+        return f"; there is {indices[0]}: give it the name {name}.index.json"
+    if pickles and is_piece:
+        return (
+            f"; there are pickled pieces, as {pickles[0]}: diffusers or transformers can read and save them"
         )
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    there = f"; there is {', '.join(others)}: give it that name" if others else ""
-    raise CheckpointError(f"no such file: {single}{there}")
+    if pickles:
+        convert = _how_to_convert(f"{folder / pickles[0]} --out {folder}")
+        return f"; there is only the pickle {pickles[0]}; {convert}"
+    if others and is_piece:
+        return f"; there are pieces, as {others[0]}: fetch {name}.index.json, which lists them"
+    return f"; there is {', '.join(others)}: give it that name" if others else ""
 
 
 def check_tensors(

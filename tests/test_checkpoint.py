@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from tests.small import (
     reference_text_encoder,
     reference_unet,
 )
+from tests.test_scripts import run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NETWORKS = {
@@ -356,6 +358,35 @@ def test_a_folder_with_only_a_pickle_says_how_to_convert_it(folder):
     torch.save({}, folder / "diffusion_pytorch_model.bin")
     message = refusal(folder)
     assert "only the pickle diffusion_pytorch_model.bin" in message and "--convert" in message
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (
+            ["model-00001-of-00002.bin", "model-00002-of-00002.bin", "model.bin.index.json"],
+            "transformers can",
+        ),
+        (["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"], f"fetch {WEIGHTS}.index.json"),
+        (["x.fp16-00001-of-00002.safetensors", f"{WEIGHTS}.index.fp16.json"], f"name {WEIGHTS}.index.json"),
+        (["x.pth"], "x.pth --out "),
+    ],
+)
+def test_weights_in_another_form_say_what_fits_them(folder, names, message):
+    (folder / WEIGHTS).unlink()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    said = refusal(folder)
+    assert said.startswith(f"no such file: {folder / WEIGHTS}; there ") and message in said
+    assert ("--convert" in said) == (names == ["x.pth"])
+
+
+def test_the_advice_on_a_pickle_works(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "x.pth")
+    (folder / WEIGHTS).unlink()
+    command = re.search("`scripts/download_weights.py (.*)`", refusal(folder))[1]
+    assert run("download_weights", *command.split()) == 0
+    UNet.from_pretrained(folder)
 
 
 def test_missing_files_and_folders_are_named(folder, tmp_path):
