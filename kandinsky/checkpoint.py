@@ -278,6 +278,14 @@ def skeleton() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made in it are ordinary ones, also under `torch.inference_mode`, whose own cannot be changed or
+    trained outside of it."""
+    with torch.inference_mode(False), torch.no_grad():  # the first alone would switch gradients on
+        yield
+
+
 class LeftOut(nn.Module):
     """In place of what a network was read without."""
 
@@ -322,6 +330,7 @@ class Pretrained:
 
     @classmethod
     @arguments.with_argument_help
+    @lasting()
     def from_pretrained(
         cls: type[Model],
         folder: str | Path,

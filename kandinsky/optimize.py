@@ -45,6 +45,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kandinsky import bands, fused, graphs, movq, overwriting, prior, unet, winograd
+from kandinsky.checkpoint import lasting
 from kandinsky.packed import Packed, Placeholder, pack
 from kandinsky.upsampling import (
     FusedMergedUpResnetBlock,
@@ -253,6 +254,7 @@ def named(rewrites: tuple[str, ...] | None, compile: bool) -> tuple[str, ...]:
     return rewrites
 
 
+@lasting()
 def optimize(
     network: nn.Module, rewrites: tuple[str, ...] | None = None, compile: bool = False
 ) -> dict[str, int]:
@@ -291,6 +293,7 @@ def _check(rewrites: tuple[str, ...]) -> None:
         raise ValueError(f"compiled blocks do not go with {against[0]}; kandinsky.optimize.restore first")
 
 
+@lasting()
 def restore(network: nn.Module) -> None:
     """Makes an optimized network plain again, to the last bit."""
     rewrites = vars(network).pop("rewrites", ())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kandinsky import arguments
-from kandinsky.checkpoint import CheckpointError, open_safetensors
+from kandinsky.checkpoint import CheckpointError, lasting, open_safetensors
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
@@ -48,6 +48,7 @@ class Part:
             self.read(parts)
         return parts._loaded[self.name]
 
+    @lasting()
     def read(self, parts: "Parts", without: tuple[str, ...] = ()) -> None:
         """without: attributes of the network that are left out, until someone asks for the whole."""
         where = {"dtype": parts.dtype, "device": parts.device}
@@ -124,6 +125,7 @@ class Parts:
 
     @classmethod
     @arguments.public
+    @lasting()
     def from_pretrained(
         cls: type[Pipeline],
         decoder: str | Path,
@@ -164,6 +166,7 @@ class Parts:
         return parts
 
     @arguments.public
+    @lasting()
     def to(
         self: Pipeline, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Pipeline:
@@ -259,7 +262,8 @@ class Parts:
         may be read without what encodes, which is a `LeftOut` then."""
         self.changes.setdefault(name, []).append(change)
         if name in self._loaded:
-            change(self._loaded[name])
+            with lasting():
+                change(self._loaded[name])
 
     def check_files(self, *names: str) -> None:
         """Raises a CheckpointError now for a network that could not be read later; reads headers only, and
@@ -294,7 +298,8 @@ class Parts:
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._constants:
-            self._constants[name] = make()
+            with lasting():
+                self._constants[name] = make()
         return self._constants[name]
 
     def _zero_image_file(self) -> Path | None:

@@ -35,12 +35,21 @@ from transformers import (
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, parts, schedulers
 from kandinsky.cli import WEIGHTS
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
+from kandinsky.lora import add_lora, merge_lora
 from kandinsky.movq import MoVQ
 from kandinsky.parts import compute_zero_image_embeds
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 from tests.helpers import randn, relative_l2
-from tests.small import EMBEDDING_DIM, SCHEDULER, ours, reference_movq, reference_unet, write_checkpoints
+from tests.small import (
+    EMBEDDING_DIM,
+    SCHEDULER,
+    ours,
+    reference_movq,
+    reference_unet,
+    unet_output,
+    write_checkpoints,
+)
 
 PROMPT, OTHER, NEGATIVE = "a red cat, 4k photo", "an", "blurry and bad quality"
 
@@ -698,6 +707,26 @@ def test_to_moves_what_is_loaded_and_what_comes(pipe):
     assert pipe.unet.dtype == torch.float32
     assert pipe.to("cpu", torch.bfloat16) is pipe
     assert pipe.unet.dtype == pipe.movq.dtype == torch.bfloat16
+
+
+def test_what_a_call_in_inference_mode_reads_can_be_changed_and_trained_outside(decoder_folder):
+    with torch.inference_mode():
+        pipe = Kandinsky.from_pretrained(decoder_folder)
+        our_pictures(pipe, 0, prompt=PROMPT)
+        pipe.to(dtype=torch.bfloat16).to(dtype=torch.float32)
+    networks = [pipe.text_encoder, pipe.prior, pipe.unet, pipe.movq]
+    assert not any(p.is_inference() for network in networks for p in network.parameters())
+    constants = [s.alphas_cumprod for s in (pipe.scheduler, pipe.prior_scheduler)] + [pipe.zero_image_embeds]
+    assert not any(constant.is_inference() for constant in constants)
+    with torch.inference_mode():
+        pipe.optimize()
+    our_pictures(pipe, 0, prompt=PROMPT)
+    with torch.inference_mode():
+        pipe.restore()
+    pipe.to(dtype=torch.bfloat16).to(dtype=torch.float32)
+    add_lora(pipe.unet, 2)
+    unet_output(pipe.unet).sum().backward()
+    merge_lora(pipe.unet)
 
 
 def test_numbers_may_be_numpys(pipe):
