@@ -171,15 +171,27 @@ class Parts:
         self: Pipeline, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Pipeline:
         """Moves and casts every loaded network, and those to come; returns the pipeline. A network that
-        another pipeline shares goes along: call `to` on that one as well."""
+        another pipeline shares goes along: call `to` on that one as well. Where it fails the pipeline
+        stays where it was: what had moved is read again when needed, or moved back (and rounded, where it was
+        cast) if it was assigned."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; pass it as dtype=")
         device = self.device if device is None else arguments.device(device)
         dtype = self.dtype if dtype is None else arguments.dtype(dtype)
+        moved = []
+        try:
+            for name, network in self._loaded.items():
+                moved.append(name)
+                network.to(device, dtype)
+        except BaseException:
+            for name in moved:
+                if name in self._replaced:
+                    self._loaded[name].to(self.device, self.dtype)
+                else:
+                    del self._loaded[name]
+            raise
         self.device, self.dtype = device, dtype
         self._constants.pop("zero_image_embeds", None)  # it may be of another dtype's accuracy
-        for network in self._loaded.values():
-            network.to(self.device, self.dtype)
         return self
 
     @property

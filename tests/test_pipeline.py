@@ -709,6 +709,23 @@ def test_to_moves_what_is_loaded_and_what_comes(pipe):
     assert pipe.unet.dtype == pipe.movq.dtype == torch.bfloat16
 
 
+def test_where_to_fails_half_way_the_pipeline_is_as_it_was(pipe, monkeypatch):
+    pipe.unet = pipe.unet
+    picture = our_pictures(pipe, 0, prompt=PROMPT)
+    assert list(pipe._loaded)[0] == "unet" and list(pipe._loaded)[-1] == "movq"
+
+    def fail(*_):
+        pipe.text_encoder.text_projection.to(torch.bfloat16)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipe.text_encoder, "to", fail)
+    with pytest.raises(MemoryError, match="CUDA out of memory"):
+        pipe.to(dtype=torch.bfloat16)
+    assert pipe.dtype == pipe.unet.dtype == pipe.prior.dtype == pipe.text_encoder.dtype == torch.float32
+    pipe.unet = UNet.from_pretrained(pipe.decoder_folder / "unet")  # what was cast and cast back is rounded
+    assert torch.equal(our_pictures(pipe, 0, prompt=PROMPT), picture)
+
+
 def test_what_a_call_in_inference_mode_reads_can_be_changed_and_trained_outside(decoder_folder):
     with torch.inference_mode():
         pipe = Kandinsky.from_pretrained(decoder_folder)
