@@ -34,6 +34,12 @@ def _named(default: Any, name: str, values: dict | None = None, optional: bool =
     return field(default=default, metadata={"name": name, "values": values, "optional": optional})
 
 
+def _check_divides(widths: tuple[int, ...], divisor: int, parts: str) -> None:
+    odd = [width for width in widths if width % divisor]
+    if odd:
+        raise ValueError(f"{odd[0]} channels do not divide into {parts}")
+
+
 def _published_name(f) -> str:
     return f.metadata.get("name", f.name)
 
@@ -167,11 +173,9 @@ class UNetConfig:
     sample_size: int = _named(64, "sample_size", optional=True)  # latent height and width it was made for
 
     def __post_init__(self) -> None:
-        odd = [c for c in self.block_out_channels[1:] if c % self.head_dim]
-        if odd:
-            raise ValueError(
-                f"{odd[0]} channels do not divide into heads of {self.head_dim} (attention_head_dim)"
-            )
+        channels, groups = self.block_out_channels, self.norm_num_groups
+        _check_divides(channels[1:], self.head_dim, f"heads of {self.head_dim} (attention_head_dim)")
+        _check_divides(channels, groups, f"{groups} groups (norm_num_groups)")
         if self.hint and self.text:
             raise ValueError("a hint network and text conditioning do not go together")
 
@@ -246,6 +250,11 @@ class MoVQConfig:
     num_vq_embeddings: int = 16384
     norm_num_groups: int = 32  # of the encoder; the decoder's spatial norms always have 32
 
+    def __post_init__(self) -> None:
+        channels, groups = self.block_out_channels, self.norm_num_groups
+        _check_divides(channels, groups, f"{groups} groups (norm_num_groups)")
+        _check_divides(channels, 32, "the 32 groups of the decoder's norms")
+
     @property
     def downscale(self) -> int:
         """Pixels per latent along one side: 8 for the released sizes."""
@@ -289,6 +298,9 @@ class CLIPTextConfig:
     quick_gelu: bool = _named(False, "hidden_act", _ACTIVATION)
     eos_token_id: int = 2  # marks the published files, whose pooling takes the largest id
 
+    def __post_init__(self) -> None:
+        _check_divides((self.width,), self.num_heads, f"{self.num_heads} heads (num_attention_heads)")
+
     def published(self) -> dict[str, Any]:
         return {
             "architectures": ["CLIPTextModelWithProjection"],
@@ -316,6 +328,9 @@ class CLIPImageConfig:
     mlp_width: int = _named(8192, "intermediate_size")
     projection_dim: int = 1280
     quick_gelu: bool = _named(False, "hidden_act", _ACTIVATION)
+
+    def __post_init__(self) -> None:
+        _check_divides((self.width,), self.num_heads, f"{self.num_heads} heads (num_attention_heads)")
 
     def published(self) -> dict[str, Any]:
         return {
@@ -357,6 +372,9 @@ class MultilingualConfig:
     num_heads: int = _named(16, "num_attention_heads")
     mlp_width: int = _named(4096, "intermediate_size")
     projection_dim: int = _named(768, "numDims")
+
+    def __post_init__(self) -> None:
+        _check_divides((self.width,), self.num_heads, f"{self.num_heads} heads (num_attention_heads)")
 
     def published(self) -> dict[str, Any]:
         return {

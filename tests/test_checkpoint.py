@@ -24,6 +24,7 @@ from kandinsky.config import (
     CLIPImageConfig,
     CLIPTextConfig,
     MoVQConfig,
+    MultilingualConfig,
     PriorConfig,
     UNetConfig,
     read_config,
@@ -202,11 +203,27 @@ def test_official_configs_are_our_defaults_and_are_written_back_in_meaning(name)
         ({"block_out_channels": [32, 48]}, "down_block_types is "),
         ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type is 'UNetMidBlock2D'"),
         ({"head_dim": 5}, "head_dim is 5"),
+        ({"norm_num_groups": 5}, "config.json: 32 channels do not divide into 5 groups (norm_num_groups)"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused_by_field_and_value(folder, changes, message):
     edit_config(folder, **changes)
     assert message in refusal(folder)
+
+
+@pytest.mark.parametrize("config", [CLIPTextConfig(), CLIPImageConfig(), MultilingualConfig()])
+def test_an_encoder_whose_heads_do_not_divide_it_is_refused(config):
+    published = config.published() | {"num_attention_heads": 7}
+    with pytest.raises(
+        CheckpointError, match="x.json: .* channels do not divide into 7 heads .num_attention"
+    ):
+        read_config(type(config), published, "x.json")
+
+
+def test_a_movq_whose_groups_do_not_divide_it_is_refused():
+    for changes in ({"block_out_channels": [48, 96, 96, 96]}, {"norm_num_groups": 24}):
+        with pytest.raises(CheckpointError, match="x.json: .* channels do not divide into .* groups"):
+            read_config(MoVQConfig, MoVQConfig().published() | changes, "x.json")
 
 
 def test_fields_that_change_nothing_are_accepted(folder):
