@@ -16,7 +16,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -147,7 +147,7 @@ def download(
         if (out / repository.name).is_dir():
             with _exclusive(out / repository.name):
                 _sweep(out / repository.name, [*repository.files, RECORD, ZERO_IMAGE])
-    check_space(out, sum(_missing_bytes(r.with_record(out / r.name), out / r.name) for r in repositories))
+    _check_disks(repositories, out)
     for repository in repositories:
         folder = out / repository.name
         with _exclusive(folder):
@@ -354,6 +354,20 @@ def _missing_bytes(repository: Repository, folder: Path) -> int:
     return sum(max(size - found, 0) for size, found in there)
 
 
+def _check_disks(repositories: list[Repository], out: Path) -> None:
+    """Whether there is room for all that is missing; a repository's folder may be a link to another disk."""
+    places: dict[int, Path] = {}
+    needed: dict[int, int] = {}
+    for repository in repositories:
+        folder = out / repository.name
+        place = folder if folder.is_dir() else out
+        disk = place.stat().st_dev
+        places[disk] = place
+        needed[disk] = needed.get(disk, 0) + _missing_bytes(repository.with_record(folder), folder)
+    for disk, place in places.items():
+        check_space(place, needed[disk])
+
+
 def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed and needed + _SPARE > free:
@@ -378,7 +392,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
             finally:
                 shutil.rmtree(leftovers, ignore_errors=True)
                 for empty in (leftovers.parent, folder):
-                    if not any(empty.iterdir()):
+                    with suppress(OSError):  # it is not empty, or a link, or another disk is mounted there
                         empty.rmdir()
     except Timeout:
         raise DownloadError(f"another download into {folder} is running; wait for its end") from None

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -310,6 +311,31 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_asked(place, capsy
     err = one_line(capsys)
     assert "free, 1000000000.00 GB are needed" in err and "--only" in err
     assert place.hub.requests == [] and place.there() == {}
+
+
+def linked(place: Place) -> Path:
+    """The repository's folder as a link to an empty one elsewhere."""
+    elsewhere = place.out.parent / "elsewhere"
+    elsewhere.mkdir()
+    place.out.mkdir()
+    (place.out / NAME).symlink_to(elsewhere)
+    return elsewhere
+
+
+def test_a_folder_may_be_a_link_to_an_empty_one(place, capsys):
+    elsewhere = linked(place)
+    assert place.run() == 0 and contents(elsewhere) == FILES
+
+
+def test_room_is_looked_for_where_the_folder_lies(place, monkeypatch, capsys):
+    elsewhere, usage = linked(place), shutil.disk_usage(place.out)
+    full = {"at": place.out}
+    room = lambda path: usage._replace(free=0) if path.resolve() == full["at"] else usage  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", room)  # no second disk is at hand
+    assert place.run() == 0
+    (elsewhere / WEIGHTS).unlink()
+    full["at"] = elsewhere
+    assert place.run() == 2 and f"{elsewhere} has 0 bytes free" in one_line(capsys)
 
 
 def test_what_a_killed_run_left_is_gone_before_room_is_looked_for(place, capsys):
