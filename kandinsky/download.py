@@ -144,14 +144,14 @@ def download(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for repository in repositories:  # what killed runs left takes room
-        if (out / repository.name).is_dir():
-            with _exclusive(out / repository.name):
-                _sweep(out / repository.name, [*repository.files, RECORD, ZERO_IMAGE])
+        _sweep(out / repository.name, [*repository.files, RECORD, ZERO_IMAGE])
     _check_disks(repositories, out)
     for repository in repositories:
-        folder = out / repository.name
-        with _exclusive(folder):
-            _Fetch(repository, folder, endpoint and endpoint.rstrip("/"), say).run()
+        fetch = _Fetch(repository, out / repository.name, endpoint and endpoint.rstrip("/"), say)
+        wanted = fetch.wanted()
+        if wanted:  # a whole folder may be read-only
+            with _exclusive(fetch.folder):
+                fetch.run(wanted)
     for repository in repositories:
         if "image_encoder/config.json" in repository.files:
             store_zero_image_embeds(out / repository.name, say)
@@ -182,14 +182,17 @@ class _Fetch:
         self.repository, self.folder, self.endpoint, self.say = repository, folder, endpoint, say
         self.files, self.revision = repository.files, repository.revision
 
-    def run(self) -> None:
+    def wanted(self) -> list[str]:
+        """The files that are not there, or wrong, or of which nothing is known."""
         known = self.repository.with_record(self.folder).files
         if any((self.folder / name).exists() for name in known):
             self.say(f"{self.folder}: checking what is there")
         wanted = [n for n, file in known.items() if not file.is_known or file.problem(self.folder / n)]
         if not wanted:
             self.say(f"{self.folder}: all {len(known)} files are there and right")
-            return
+        return wanted
+
+    def run(self, wanted: list[str]) -> None:
         sources = self._ask(wanted)
         wrong = [name for name in wanted if sources[name].problem(self.folder / name)]
         for i, name in enumerate(wrong, start=1):
@@ -399,10 +402,12 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path, names: list[str]) -> None:
-    """Removes what a killed conversion or write left behind: `atomic_file`'s temporaries of these files."""
-    for path in (folder / name for name in names):
-        for orphan in temporaries(path):
-            orphan.unlink(missing_ok=True)
+    """Removes what killed runs left: the hub library's temporaries, and `atomic_file`'s of these files."""
+    orphans = [orphan for name in names for orphan in temporaries(folder / name)]
+    if orphans or (folder / _LEFTOVERS).exists():
+        with _exclusive(folder):
+            for orphan in orphans:
+                orphan.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -139,6 +139,16 @@ def test_one_command_brings_a_model_that_draws_and_a_second_transfers_nothing(wh
     assert "files are there and right" in capsys.readouterr().out
 
 
+def test_a_whole_folder_is_not_written_to(place):
+    """As when it is read-only, which the tests' user may not mind."""
+    assert place.run() == 0
+    folder = place.out / NAME
+    before = folder.stat().st_mtime_ns
+    folder.chmod(0o555)
+    assert place.run() == 0 and folder.stat().st_mtime_ns == before
+    folder.chmod(0o755)
+
+
 def test_only_brings_one_part(whole):
     assert whole.run("2.2", "--only", "decoder") == 0
     assert [path.name for path in whole.out.iterdir()] == [NAME]
