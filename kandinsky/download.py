@@ -465,8 +465,10 @@ def _explanation(error: BaseException, what: str) -> str | None:
     if any(base.__name__ == "TransportError" for base in type(error).__mro__):
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         return f"no connection for {what} ({reason}); check the network or HTTPS_PROXY and {again}"
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return f"{what} is not fetched: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it"
     if isinstance(error, OSError):
-        return f"{what}: {str(error).strip().splitlines()[0]}; {again}"
+        return f"{what}: {str(error).strip().splitlines()[0].rstrip('.')}; {again}"
     return None
 
 

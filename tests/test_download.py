@@ -315,6 +315,27 @@ def test_no_network_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, e
     assert list(place.out.iterdir()) == []
 
 
+def test_the_hub_librarys_offline_mode_is_named(place, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read once, at import
+    assert place.run() == 2
+    err = one_line(capsys)
+    assert err.endswith(
+        "/model_index.json is not fetched: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it\n"
+    ), err
+    assert place.hub.requests == []
+
+
+def test_a_failure_of_another_kind_keeps_its_reason(place, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError("The quota is used up.")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    assert place.run() == 2
+    assert ": The quota is used up; run the same command again" in one_line(capsys)
+
+
 def test_a_disk_that_is_too_small_is_found_before_anything_is_asked(place, capsys):
     place.repositories[NAME]["files"][WEIGHTS]["bytes"] = 10**18
     assert place.run() == 2
