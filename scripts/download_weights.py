@@ -25,9 +25,7 @@ def parse_args(argv=None):
         metavar="FILE",
         help="ViT-L-14_stats.th, for --convert of the authors' prior",
     )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: weights/; --convert: beside FILE"
-    )
+    parser.add_argument("--out", metavar="FOLDER", help="default: weights/; --convert: beside FILE")
     parser.add_argument("--overwrite", action="store_true", help="--convert: replace an existing file")
     parser.add_argument(
         "--manifest",
@@ -38,6 +36,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.model is None) == (args.convert is None):
         parser.error("give either a model (2.2, 2.1 or all) or --convert FILE")
+    foreign = ("clip_stats", "overwrite") if args.model else ("only", "verify", "manifest")
+    idle = [name for name in foreign if name in cli.given(parser, argv)]
+    if idle:
+        kind = "--convert FILE" if args.model else "a model (2.2, 2.1 or all)"
+        parser.error(f"--{idle[0].replace('_', '-')} goes with {kind} only")
+    if args.out == "":
+        parser.error("--out is empty; a folder is needed")
     return args
 
 

@@ -647,6 +647,12 @@ def test_a_full_disk_under_the_zero_image_is_one_line(whole, capsys):
             "give either a model (2.2, 2.1 or all) or --convert FILE; see --help",
         ),
         (["3.0"], "invalid choice: '3.0'"),
+        (["--convert", "x", "--verify"], "--verify goes with a model (2.2, 2.1 or all) only; see --help"),
+        (["--convert", "x", "--only", "prior"], "--only goes with a model (2.2, 2.1 or all) only"),
+        (["--convert", "x", "--manifest", "m"], "--manifest goes with a model (2.2, 2.1 or all) only"),
+        (["2.2", "--clip-stats", "nofile"], "--clip-stats goes with --convert FILE only; see --help"),
+        (["2.2", "--overwrite"], "--overwrite goes with --convert FILE only"),
+        (["2.2", "--out", ""], "--out is empty; a folder is needed"),
         (["2.2", "--only", "unet"], "argument --only: invalid choice: 'unet'"),
         (
             ["2.1", "--only", "controlnet-depth"],
