@@ -164,7 +164,7 @@ def store_zero_image_embeds(prior: Path, say: Say = print) -> None:
         return
     from kandinsky.parts import compute_zero_image_embeds
 
-    say(f"{path}: computing it, once (reads the image tower in float32)")
+    say(f"{path}: computing it, once")
     try:
         embeds = compute_zero_image_embeds(prior)
     except (RuntimeError, MemoryError) as error:  # the CPU's lack of memory has no class of its own

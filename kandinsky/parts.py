@@ -4,14 +4,22 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kandinsky import arguments
-from kandinsky.checkpoint import CheckpointError, lasting, open_safetensors
+from kandinsky.checkpoint import (
+    CheckpointError,
+    find_tensors,
+    lasting,
+    open_safetensors,
+    skeleton,
+    weight_files,
+)
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
@@ -323,11 +331,9 @@ class Parts:
     def _read_zero_image_embeds(self) -> Tensor:
         path = self._zero_image_file()
         if path is None:
-            was_loaded = "image_encoder" in self._loaded
-            embeds = zero_image_embeds(self.image_encoder)
-            if not was_loaded:  # 1.84 B parameters, read for this one vector
-                del self.image_encoder
-            return embeds
+            if "image_encoder" in {*self._loaded, *self.changes}:
+                return zero_image_embeds(self.image_encoder)
+            return compute_zero_image_embeds(self.need_prior(), self.device, self.dtype)
         file = open_safetensors(path)
         if list(file.keys()) != ["zero_image_embeds"]:
             raise CheckpointError(f"{path} does not hold zero_image_embeds alone")
@@ -346,9 +352,37 @@ def zero_image_embeds(image_encoder: CLIPImageEncoder) -> Tensor:
     return image_encoder(torch.zeros(1, 3, size, size, device=image_encoder.device))
 
 
-def compute_zero_image_embeds(prior: str | Path) -> Tensor:
-    """The same from a prior's folder, in float32; reads the whole image tower."""
-    return zero_image_embeds(CLIPImageEncoder.from_pretrained(Path(prior) / "image_encoder"))
+@torch.no_grad()
+def compute_zero_image_embeds(
+    prior: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The same from a prior's folder, layer by layer: the tower's 1.84 B weights are never in memory as a
+    whole."""
+    folder = Path(prior) / "image_encoder"
+    config = CLIPImageEncoder.read_config(folder)
+    with skeleton():
+        tower = CLIPImageEncoder(config).to(dtype)
+    files = weight_files(folder, tower.weights_name)
+    find_tensors(files, tower.state_dict())
+    places = {name: path for path in files for name in open_safetensors(path).keys()}
+
+    def read(name: str, layer: nn.Module, _: Any) -> None:
+        paths = {key: f"{name}.{key}" for key in layer.state_dict()}
+        # opened anew, so that what is mapped goes with the layer
+        opened = {
+            place: open_safetensors(place, device) for place in {places[path] for path in paths.values()}
+        }
+        own = {key: opened[places[path]].get_tensor(path).to(dtype) for key, path in paths.items()}
+        layer.load_state_dict(own, assign=True)
+
+    def drop(layer: nn.Module, *_: Any) -> None:
+        layer.to("meta")
+
+    for name, layer in tower.named_modules():
+        if not any(layer.children()) or name.endswith(".embeddings"):  # these have weights of their own
+            layer.register_forward_pre_hook(partial(read, name))
+            layer.register_forward_hook(drop)
+    return tower(torch.zeros(1, 3, config.image_size, config.image_size, device=device))
 
 
 def _sibling_prior(decoder: Path) -> Path | None:

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from kandinsky.checkpoint import (
     CheckpointError,
     atomic_file,
-    open_safetensors,
     read_json,
     skeleton,
     write_json,
-    write_safetensors,
 )
 from kandinsky.config import (
     HINT_UNET,
@@ -38,7 +36,7 @@ from kandinsky.config import (
     PriorConfig,
     UNetConfig,
 )
-from kandinsky.download import ZERO_IMAGE, check_space
+from kandinsky.download import check_space, store_zero_image_embeds
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
@@ -207,7 +205,7 @@ def make(
     for folder, network, config in networks:
         write_network(folder, network, config, seed, say)
     if "prior" in folders:
-        _write_zero_image(folders["prior"], say)
+        store_zero_image_embeds(folders["prior"], say)
     return list(folders.values())
 
 
@@ -350,33 +348,6 @@ def _check_free(folder: Path, record: dict[str, Any]) -> None:
     if made != record:
         what = "was not made here" if made is None else f"was made with {made}"
         raise CheckpointError(f"{folder} is there already and {what}; name another --out, or remove it")
-
-
-def _write_zero_image(prior: Path, say: Callable[[str], Any]) -> None:
-    """The zero image's embedding, layer by layer from the file: the tower is never in memory as a whole."""
-    if (prior / ZERO_IMAGE).exists():
-        return
-    say(f"{prior / ZERO_IMAGE}: computing it")
-    folder = prior / "image_encoder"
-    config = CLIPImageEncoder.read_config(folder)
-    with skeleton():
-        tower = CLIPImageEncoder(config)
-    for name, module in tower.named_modules():
-        if not any(module.children()) or name.endswith(".embeddings"):
-            module.register_forward_pre_hook(_reader(folder / CLIPImageEncoder.weights_name, name))
-            module.register_forward_hook(lambda module, args, out: module.to("meta") and None)
-    with torch.no_grad():
-        embeds = tower(torch.zeros(1, 3, config.image_size, config.image_size))
-    write_safetensors({"zero_image_embeds": embeds}, prior / ZERO_IMAGE)
-
-
-def _reader(path: Path, prefix: str) -> Callable[[nn.Module, Any], None]:
-    def read(module: nn.Module, args: Any) -> None:
-        file = open_safetensors(path)
-        tensors = {name: file.get_tensor(f"{prefix}.{name}").float() for name in module.state_dict()}
-        module.load_state_dict(tensors, assign=True)
-
-    return read
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -35,9 +35,10 @@ from transformers import (
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, parts, schedulers
 from kandinsky.cli import WEIGHTS
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
+from kandinsky.encoders import CLIPImageEncoder
 from kandinsky.lora import add_lora, merge_lora
 from kandinsky.movq import MoVQ
-from kandinsky.parts import compute_zero_image_embeds
+from kandinsky.parts import compute_zero_image_embeds, zero_image_embeds
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 from tests.helpers import randn, relative_l2
@@ -45,6 +46,7 @@ from tests.small import (
     EMBEDDING_DIM,
     SCHEDULER,
     ours,
+    reference_image_encoder,
     reference_movq,
     reference_unet,
     unet_output,
@@ -485,6 +487,23 @@ def test_the_image_tower_is_read_only_when_its_constant_is_not_stored(decoder_fo
         our_pictures(Kandinsky.from_pretrained(folder / decoder_folder.name), 3, prompt=PROMPT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_zero_image_is_computed_without_the_whole_tower(pipe, tmp_path, monkeypatch, dtype):
+    reference_image_encoder().save_pretrained(tmp_path / "image_encoder", max_shard_size="20KB")
+    assert len(list(tmp_path.rglob("*.safetensors"))) > 1
+    whole = zero_image_embeds(CLIPImageEncoder.from_pretrained(tmp_path / "image_encoder", dtype=dtype))
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPImageEncoder, "from_pretrained", None)
+        assert relative_l2(compute_zero_image_embeds(tmp_path, dtype=dtype), whole) <= 1e-6
+        assert relative_l2(pipe.to(dtype=dtype).zero_image_embeds, whole) <= 1e-6
+
+    def double(tower):
+        tower.visual_projection.weight.mul_(2)
+
+    pipe.to(dtype=dtype).change("image_encoder", double)
+    assert relative_l2(pipe.zero_image_embeds, 2 * whole) <= 1e-6
+
+
 def test_a_decoder_alone_draws_embeds(decoder_folder, tmp_path, pipe):
     shutil.copytree(decoder_folder, tmp_path / "my-decoder")
     alone = Kandinsky.from_pretrained(tmp_path / "my-decoder")
@@ -601,6 +620,8 @@ def test_the_zero_image_outlives_other_networks_that_are_replaced(pipe, monkeypa
     towers = []
     compute = parts.zero_image_embeds
     monkeypatch.setattr(parts, "zero_image_embeds", lambda tower: towers.append(1) or compute(tower))
+    computed = parts.compute_zero_image_embeds
+    monkeypatch.setattr(parts, "compute_zero_image_embeds", lambda *a: towers.append(1) or computed(*a))
     assert pipe.zero_image_embeds.shape == (1, EMBEDDING_DIM)
     pipe.unet, pipe.movq, pipe.prior = pipe.unet, pipe.movq, pipe.prior
     _ = pipe.zero_image_embeds
