@@ -194,6 +194,12 @@ def test_inpaintings_in_a_row_leave_the_kept_part_bit_identical(inpainter):
     assert not np.array_equal(np.array(raw)[mask == 0], kept)  # what diffusers does to it
 
 
+def test_levels_between_those_of_a_file_are_kept_to_the_bit(inpainter):
+    image, mask = randn(3, HEIGHT, WIDTH).sigmoid(), half_mask(HEIGHT, WIDTH)
+    (out,) = inpainter.inpaint(PROMPT, image, mask, output_type="pt", **QUICK)
+    assert torch.equal(out[:, mask == 0], image[:, mask == 0])
+
+
 def test_pasting_compares_with_the_picture_after_the_resize(inpainter):
     image, mask = picture(131, 77), Image.fromarray((half_mask(77, 131) * 255).astype(np.uint8))
     settings = {"image": image, "mask_image": mask, "height": 33, "width": 46, "seed": 1, **QUICK}
@@ -213,10 +219,12 @@ def test_white_is_repainted_and_inverting_swaps(inpainter):
     settings = {"image": image, "seed": 1, **QUICK}
     changed = np.array(inpainter.inpaint(PROMPT, mask_image=left, **settings)[0]) != np.array(image)
     assert changed[:, : WIDTH // 2].mean() > 0.9 and not changed[:, WIDTH // 2 :].any()
-    one = inpainter.inpaint(PROMPT, mask_image=left, invert_mask=True, **settings)[0]
-    other = inpainter.inpaint(PROMPT, mask_image=1 - left, **settings)[0]
-    assert np.array_equal(np.array(one), np.array(other))
-    assert not (np.array(one) != np.array(image))[:, : WIDTH // 2].any()
+    for grow in (0, 4):
+        settings["grow_mask"] = grow
+        one = inpainter.inpaint(PROMPT, mask_image=left, invert_mask=True, **settings)[0]
+        other = inpainter.inpaint(PROMPT, mask_image=1 - left, **settings)[0]
+        assert np.array_equal(np.array(one), np.array(other))
+        assert not (np.array(one) != np.array(image))[:, : WIDTH // 2 - grow].any()
 
 
 def test_an_empty_mask_returns_the_picture_and_a_full_one_keeps_nothing(inpainter):
@@ -384,7 +392,8 @@ def test_gray_hints_and_hints_of_other_sizes_are_taken(hinted):
 
 def test_mix_of_one_is_that_one(pipe):
     image = picture(20, 30)
-    embeds = pipe.mix([PROMPT], [1], seed=4, num_inference_steps=2)
+    embeds = pipe.mix([PROMPT], [1], negative_prompt=None, seed=4, num_inference_steps=2)
+    assert embeds.negative_image_embeds is None
     assert relative_l2(embeds.image_embeds, pipe.embed(PROMPT, seed=4, num_inference_steps=2)[0]) <= 1e-6
     assert torch.equal(pipe.mix([image], [1.0]).image_embeds, pipe.embed_image(image))
     row = randn(EMBEDDING_DIM)
@@ -422,10 +431,19 @@ def test_weights_that_do_not_sum_to_one_are_used_with_a_warning(pipe):
         pipe.mix([row] * 10, [0.1] * 10)
 
 
-def test_steps_of_embed_from_and_mix_are_seen_and_can_stop(pipe):
+def test_own_noise_of_embed_from_is_used(pipe):
+    image, noise = picture(9, 9), randn(1, EMBEDDING_DIM, seed=5)
+    settings = {"strength": 1.0, "num_inference_steps": 3, "seed": 0}
+    one, other = (pipe.embed_from(image, PROMPT, latents=x, **settings)[0] for x in (noise, -noise))
+    assert relative_l2(one, other) > 1e-2
+
+
+def test_steps_of_embed_from_mix_and_inpaint_are_seen_and_can_stop(pipe, inpainter):
     seen = []
     pipe.embed_from(picture(9, 9), PROMPT, strength=0.5, num_inference_steps=6, on_step=seen.append)
     assert [step.t for step in seen] == [400, 200, 0]
+    inpainter.inpaint(PROMPT, picture(16, 16), half_mask(16, 16), on_step=seen.append, **QUICK)
+    assert [(step.index, step.num_steps, step.t) for step in seen[3:]] == [(0, 2, 501), (1, 2, 1)]
     assert pipe.embed_from(picture(9, 9), PROMPT, on_step=lambda step: False) is None
     assert pipe.mix([PROMPT], [1], on_step=lambda step: False) is None
 
@@ -460,6 +478,7 @@ BAD_CALLS = [
         ValueError,
         r"sizes differ \(9×8, 8×9\); give height",
     ),
+    ("img2img", {"image": [picture(9, 8), picture(8, 9)], "height": 8}, ValueError, "sizes differ"),
     (
         "img2img",
         {"prompt": ["a"] * 3, "image": TWO},

@@ -63,6 +63,17 @@ def test_every_step_of_every_plan_is_the_plain_one(device, hint):
 
 
 @torch.no_grad()
+def test_plans_may_take_turns(device):
+    plain, graphed = pair(device)
+    given = [(randn(2, EMBEDDING_DIM, seed=seed).to(device), [900, 500]) for seed in (0, 1)]
+    plans, x = [(plain.prepare(*g), graphed.prepare(*g)) for g in given], randn(2, 4, 8, 8).to(device)
+    for turn in (0, 1, 0, 1, 0):
+        wanted = plain.step(x, plans[turn][0], 0)
+        assert relative_l2(graphed.step(x, plans[turn][1], 0), wanted) <= 1e-6
+    assert len(graphs.captured) == 1
+
+
+@torch.no_grad()
 def test_another_size_and_another_number_of_rows_are_captured_anew(device):
     plain, graphed = pair(device)
     for rows, h, captures in ((2, 8, 1), (2, 16, 2), (1, 16, 3), (2, 16, 3), (1, 16, 3), (2, 8, 4)):
@@ -314,19 +325,24 @@ def test_pictures_in_every_mode_are_the_plain_ones(device, decoder_folder):
     assert len(graphs.captured) >= 6
 
 
-def test_hooks_and_gradients_are_served_without_the_graph(device):
+def test_hooks_gradients_and_autocast_are_served_without_the_graph(device, monkeypatch):
     _, graphed = pair(device)
     plan, x, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), randn(1, 4, 8, 8).to(device), []
     graphed.step(x, plan, 0).square().sum().backward()
     assert graphed.conv_in.weight.grad is not None and not graphs.captured
-    hook = graphed.mid_block.register_forward_hook(lambda *_: seen.append(1))
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        hook = getattr(graphed.mid_block, register)(lambda *_: seen.append(1))
+        with torch.no_grad():
+            graphed.step(x, plan, 0)
+            graphed.step(x, plan, 0)
+            assert len(seen) == 2 and not graphs.captured and graphs.dependencies(graphed, x) is None
+        hook.remove()
+        seen.clear()
     with torch.no_grad():
         graphed.step(x, plan, 0)
-        graphed.step(x, plan, 0)
-        assert len(seen) == 2 and not graphs.captured
-        hook.remove()
-        graphed.step(x, plan, 0)
-    assert len(seen) == 2 and len(graphs.captured) == 1
+        assert not seen and len(graphs.captured) == 1 and graphs.dependencies(graphed, x) is not None
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)
+        assert graphs.dependencies(graphed, x) is None
 
 
 @torch.no_grad()

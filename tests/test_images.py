@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from kandinsky import cli, images
+from kandinsky.checkpoint import atomic_file
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -108,7 +109,11 @@ def test_without_links_a_name_is_taken_as_well(tmp_path, monkeypatch):
     images.save_image(picture(8, 5), tmp_path / "out.png")
     with pytest.raises(FileExistsError):
         images.save_image(picture(8, 5), tmp_path / "out.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    with pytest.raises(FileExistsError), atomic_file(tmp_path / "late.png", overwrite=False) as temporary:
+        temporary.write_text("ours")
+        (tmp_path / "late.png").write_text("another process's")
+    assert (tmp_path / "late.png").read_text() == "another process's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["late.png", "out.png"]
 
 
 def test_a_long_name_is_written_or_refused_before_the_work(tmp_path):
@@ -116,10 +121,10 @@ def test_a_long_name_is_written_or_refused_before_the_work(tmp_path):
     images.check_writable(longest)
     images.save_image(picture(8, 5), longest)
     assert cli.free_name(longest).name.endswith("-1.png")
-    with pytest.raises(OSError, match="its name is longer than 240 bytes"):
-        images.check_writable(tmp_path / f"{'a' * 237}.png")
-    with pytest.raises(OSError, match="its name is longer than 240 bytes"):  # than systems allow, too
-        images.check_writable(tmp_path / f"{'a' * 300}.png")
+    for long in ("ü" * 119, "a" * 237, "a" * 300):  # the last is longer than systems allow, too
+        with pytest.raises(OSError, match="its name is longer than 240 bytes"):
+            images.check_writable(tmp_path / f"{long}.png")
+    images.check_writable(tmp_path / "folders" / "to come" / "out.png")
     if Path("/proc/self").exists():
         with pytest.raises(OSError, match="/proc is not a folder that can be written to"):
             images.check_writable(Path("/proc/out.png"))

@@ -189,6 +189,13 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
         PromptTokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("said", [{}, {"model_max_length": None}, {"model_max_length": 1000}])
+def test_at_most_77_tokens_are_read_whatever_the_files_say(tokenizer_folder, tmp_path, said):
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(said))
+    assert PromptTokenizer.from_pretrained(tmp_path / "tokenizer").max_length == 77
+
+
 def test_the_official_settings_cut_at_77():
     folder = SHARED / "checkpoints" / "official_small_files" / "kandinsky-2-2-prior" / "tokenizer"
     if not (folder / "vocab.json").exists():

@@ -71,9 +71,10 @@ def test_timesteps_may_be_a_tensor():
 
 
 @torch.no_grad()
-def test_bfloat16_weights_take_and_return_float32():
-    unet = ours(UNet, reference_unet())
-    arguments = inputs("text-to-image", 2, 8, 8)[:3]
+@pytest.mark.parametrize("form", ["text-to-image", "hint"])
+def test_bfloat16_weights_take_and_return_float32(form):
+    unet = ours(UNet, reference_unet(*FORMS[form]))
+    arguments = inputs(form, 2, 8, 8)
     full, half = unet(*arguments), unet.to(torch.bfloat16)(*arguments)
     assert half.dtype == torch.float32 and 1e-5 < relative_l2(half, full) < 0.1
 
@@ -101,6 +102,7 @@ def test_hint_form_needs_a_hint_of_eight_times_the_latents():
     for wrong, message in (
         (None, "this UNet needs a hint"),
         (hint[:1], r"hint is \(1, 3, 64, 64\), needs \(2, 3, 8h, 8w\)"),
+        (hint[:, :, :32], "does not belong to 8×8 latents"),
         (hint[..., :32], "does not belong to 8×8 latents; it needs 64×64 pixels"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -49,6 +49,15 @@ def test_prepared_steps_equal_plain_calls():
         assert relative_l2(unet.step(x, plan, index), plain) <= 1e-5
 
 
+@torch.no_grad()
+def test_bfloat16_weights_take_and_return_float32():
+    unet = ours(UNet, reference_unet(**FORM))
+    x, t, image_embeds, *texts = inputs(2)
+    arguments = x, t, image_embeds, None, *texts
+    full, half = unet(*arguments), unet.to(torch.bfloat16)(*arguments)
+    assert half.dtype == torch.float32 and 1e-5 < relative_l2(half, full) < 0.1
+
+
 def test_wrong_or_missing_texts_are_refused():
     unet = ours(UNet, reference_unet(**FORM))
     x, t, image_embeds, text_embeds, text_states = inputs(2)
@@ -56,6 +65,7 @@ def test_wrong_or_missing_texts_are_refused():
         ((None, None), "this UNet needs text_embeds and text_states"),
         ((text_embeds, None), "this UNet needs text_embeds and text_states"),
         ((text_embeds[:1], text_states), r"text_embeds is \(1, 24\), needs \(2, 24\)"),
+        ((text_embeds, text_states[:1]), r"text_states is \(1, 77, 40\), needs \(2, n, 40\)"),
         ((text_embeds, text_states[..., :5]), r"text_states is \(2, 77, 5\), needs \(2, n, 40\)"),
     ):
         with pytest.raises(ValueError, match=message):
