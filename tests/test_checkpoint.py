@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kandinsky.checkpoint import CheckpointError, atomic_file, open_safetensors, read_json
+from kandinsky.checkpoint import CheckpointError, atomic_file, open_safetensors, read_json, temporaries
 from kandinsky.config import (
     HINT_UNET,
     INPAINT_UNET,
@@ -31,6 +31,7 @@ from kandinsky.config import (
 )
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 from kandinsky.movq import TO_ENCODE, MoVQ
+from kandinsky.optimize import use_channels_last
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
 from tests.helpers import SHARED, norms, randn, randomize, relative_l2
@@ -483,9 +484,34 @@ def test_changing_a_loaded_model_does_not_change_the_file(folder):
 
 
 def test_readers_name_missing_files(tmp_path):
+    (tmp_path / "file").write_text("no folder")
     for read in (read_json, open_safetensors):
-        with pytest.raises(CheckpointError, match="no such file"):
-            read(tmp_path / "gone")
+        for path in (tmp_path / "gone", tmp_path / "file" / "within"):
+            with pytest.raises(CheckpointError, match="no such file"):
+                read(path)
+
+
+def test_what_writers_left_is_found_by_the_letter(tmp_path):
+    with atomic_file(tmp_path / "[a]b.bin") as temporary:
+        temporary.with_name(temporary.name.replace("[a]", "a")).write_text("of ab.bin")
+        assert temporaries(tmp_path / "[a]b.bin") == [temporary]
+
+
+@torch.no_grad()
+def test_a_network_in_channels_last_is_saved_as_any(tmp_path):
+    network = ours(UNet, reference_unet())
+    assert use_channels_last(network, "cpu") > 0
+    network.save_pretrained(tmp_path)
+    read = UNet.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_networks_that_were_checked_are_told_apart(tmp_path):
+    for act in ("gelu", "quick_gelu"):
+        reference_text_encoder(hidden_act=act).save_pretrained(tmp_path / act)
+    CLIPTextEncoder.check_pretrained(tmp_path / "gelu")
+    read = CLIPTextEncoder.from_pretrained(tmp_path / "quick_gelu")
+    assert read.config.quick_gelu and read.text_model.encoder.layers[0].mlp.quick_gelu
 
 
 @torch.no_grad()

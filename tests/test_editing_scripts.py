@@ -16,7 +16,7 @@ from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import half_mask
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow  # what draws
 
 QUICK = ["--steps", "2", "--prior-steps", "2"]
 CALL = {"num_inference_steps": 2, "prior_num_inference_steps": 2}
@@ -38,6 +38,7 @@ def pixels(path) -> np.ndarray:
         return np.array(image)
 
 
+@slow
 def test_img2img(pipe, decoder_folder, files, capsys):
     out = files / "out.png"
     given = ["a red cat", "--image", files / "cat.png", "--strength", "0.6", "--seed", "3"]
@@ -47,6 +48,7 @@ def test_img2img(pipe, decoder_folder, files, capsys):
     assert np.array_equal(pixels(out), np.array(wanted))
 
 
+@slow
 def test_inpaint(inpainter, inpaint_folder, files):
     given = ["a red cat", "--image", files / "cat.png", "--mask", files / "mask.png", "--seed", "3"]
     given += ["--weights", inpaint_folder, *QUICK]
@@ -65,6 +67,7 @@ def test_inpaint(inpainter, inpaint_folder, files):
     assert np.array_equal(pixels(files / "raw.png"), np.array(raw))
 
 
+@slow
 def test_text2img_with_a_hint_and_variations_of_a_picture(pipe, hinted, decoder_folder, hint_folder, files):
     size = ["--height", "16", "--width", "32", "--seed", "3", *QUICK]
     given = ["--hint", files / "depth.png", "--weights", hint_folder, "--out", files / "out.png"]
@@ -81,6 +84,7 @@ def test_text2img_with_a_hint_and_variations_of_a_picture(pipe, hinted, decoder_
         assert np.array_equal(pixels(files / f"varied-{i}.png"), np.array(wanted[i]))
 
 
+@slow
 def test_prompts_come_from_a_file_a_line_each(pipe, decoder_folder, files, capsys):
     given = ["--prompts", files / "prompts.txt", "--image", files / "cat.png", "--image", files / "dog.png"]
     given += ["--seed", "3", "--weights", decoder_folder, "--strength", "0.6", *QUICK]
@@ -94,6 +98,7 @@ def test_prompts_come_from_a_file_a_line_each(pipe, decoder_folder, files, capsy
         assert np.array_equal(pixels(files / f"out-{i}.png"), np.array(wanted[i]))
 
 
+@slow
 def test_mix(pipe, decoder_folder, files):
     given = ["a red cat", "--image", files / "cat.png", "--mix-weights", "1.25", "-0.25", "--num-images", "2"]
     given += ["--negative-prompt", "bad", "--height", "16", "--width", "16", "--seed", "3", *QUICK]
@@ -105,6 +110,7 @@ def test_mix(pipe, decoder_folder, files):
         assert np.array_equal(pixels(files / f"out-{i}.png"), np.array(wanted[i]))
 
 
+@slow
 def test_frames_lead_from_one_item_to_the_other(pipe, decoder_folder, files, capsys):
     given = ["a red cat", "--image", files / "cat.png", "--frames", "3", "--seed", "3", *QUICK]
     given += ["--height", "16", "--width", "16", "--weights", decoder_folder, "--out", files / "strip.png"]
@@ -128,6 +134,7 @@ def test_frames_lead_from_one_item_to_the_other(pipe, decoder_folder, files, cap
     assert (files / "other.webp").exists() and (files / "strip-1.png").exists()
 
 
+@slow
 def test_a_stopped_strip_keeps_the_frames_that_there_are(decoder_folder, files, capsys, monkeypatch):
     drawn, draw = [], Kandinsky.text2img
 
@@ -146,6 +153,7 @@ def test_a_stopped_strip_keeps_the_frames_that_there_are(decoder_folder, files, 
         assert animation.n_frames == 2
 
 
+@slow
 def test_a_picture_too_wide_for_its_format_is_written_as_png(decoder_folder, files, capsys):
     given = ["a", "--width", "16400", "--height", "2", "--steps", "1", "--prior-steps", "1", "--seed", "0"]
     assert run("text2img", *given, "--weights", decoder_folder, "--out", files / "wide.webp") == 0
@@ -168,6 +176,7 @@ CASES = {
 }  # fmt: skip
 
 
+@slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_picture_made_again_from_its_settings_has_the_same_bytes(
     case, decoder_folder, inpaint_folder, hint_folder, files, monkeypatch, capsys
@@ -187,6 +196,7 @@ def test_a_picture_made_again_from_its_settings_has_the_same_bytes(
     assert "warning" not in "".join(line for line in capsys.readouterr().err.splitlines() if "bits" in line)
 
 
+@slow
 def test_what_a_picture_says_of_itself(decoder_folder, files):
     given = ["--prompts", files / "prompts.txt", "--negative-prompt", "bad, really", "--seed", "5"]
     given += ["--num-images", "2", "--height", "16", "--width", "24", "--weights", decoder_folder, *QUICK]
@@ -233,6 +243,7 @@ def test_every_flag_that_changes_a_picture_is_in_its_settings():
         assert {named.get(flag, flag) for flag in flags} <= known, script
 
 
+@slow
 def test_a_lora_is_given_again_and_repeats_with_its_scale(decoder_folder, files, capsys):
     pipe = Kandinsky.from_pretrained(decoder_folder)
     lora.add_lora(pipe.unet, rank=2)
@@ -251,6 +262,7 @@ def test_a_lora_is_given_again_and_repeats_with_its_scale(decoder_folder, files,
     assert "was made from --lora (mine.safetensors); give the same again" in capsys.readouterr().err
 
 
+@slow
 def test_an_optimized_picture_is_made_again_optimized(decoder_folder, files, capsys):
     given = ["--weights", decoder_folder]
     size = ["--height", "16", "--width", "16", "--seed", "1", "--sampler", "dpm++", *QUICK]
@@ -400,6 +412,7 @@ def test_settings_that_are_too_large_too_deep_or_none_are_refused(settings, tmp_
         metadata.read(tmp_path / "gone.png")
 
 
+@slow
 def test_what_would_not_be_read_back_is_not_written_and_the_picture_is(decoder_folder, files, capsys):
     given = ["--weights", decoder_folder, "--height", "16", "--width", "16", *QUICK]
     for flags, problem in (
@@ -418,6 +431,7 @@ def test_what_would_not_be_read_back_is_not_written_and_the_picture_is(decoder_f
     assert "characters; at most" in metadata.problem(settings | {"task": "x" * metadata.MAX_LENGTH})
 
 
+@slow
 def test_a_picture_is_kept_when_what_it_was_made_of_goes_meanwhile(decoder_folder, files, monkeypatch):
     draw = Kandinsky.img2img
 
@@ -440,6 +454,7 @@ def test_a_picture_of_another_device_says_that_one_may_be_given(settings, tmp_pa
     assert err.count("\n") == 1
 
 
+@slow
 def test_nothing_that_settings_name_is_opened(decoder_folder, inpaint_folder, files, capsys, monkeypatch):
     monkeypatch.chdir(files)
     given = ["--image", "cat.png", "--weights", decoder_folder]
@@ -530,6 +545,7 @@ def test_without_weights_the_tasks_own_checkpoint_is_looked_for(files, monkeypat
     assert f"no checkpoint at {files / 'weights' / folder};" in capsys.readouterr().err
 
 
+@slow
 def test_other_formats_carry_no_settings(decoder_folder, files):
     for suffix in (".jpg", ".webp"):
         out = files / f"out{suffix}"

@@ -15,7 +15,7 @@ from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import half_mask
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 PROMPT = "a red cat, 4k photo"
 STEPS = {"prior_num_inference_steps": 4, "num_inference_steps": 5}
@@ -61,6 +61,7 @@ def test_attention_is_shared_out_among_the_tokens(pipe):
     assert found.word_maps == []
 
 
+@slow
 def test_what_the_text_embedding_says_is_the_runs(pipe):
     found = explain.trace(pipe, PROMPT, negative_prompt="a", seed=3, height=32, width=48, **STEPS)
     text = pipe.text_encoder(pipe.tokenizer([PROMPT])[0])[1]
@@ -68,6 +69,7 @@ def test_what_the_text_embedding_says_is_the_runs(pipe):
     assert found.text_cosine == pytest.approx(F.cosine_similarity(text, image).item(), abs=1e-5)
 
 
+@slow
 def test_without_guidance_what_is_told_is_the_prompts_too(pipe):
     call = {"prior_guidance_scale": 1.0, "seed": 3, "height": 32, "width": 32, **STEPS}
     with_negative, without = (explain.trace(pipe, PROMPT, negative_prompt=n, **call) for n in ("a", None))
@@ -103,6 +105,7 @@ def test_what_is_wrong_is_said_before_any_weight_is_read(random_folder, wrong, e
     assert not pipe._loaded and pipe.seeds == []
 
 
+@slow
 def test_2_1_reads_each_word_somewhere(random_folder):
     pipe = Kandinsky.from_pretrained(random_folder / "kandinsky-2-1")
     with inspection.attention_maps(pipe.unet, "mid_block*") as maps:
@@ -125,6 +128,7 @@ def test_points_are_projected_onto_where_they_differ():
     assert explain.project(points[:1]).tolist() == [[0, 0]]
 
 
+@slow
 @pytest.mark.parametrize("task", ["text2img", "img2img", "inpaint", "hint", "2.1"])
 def test_every_task_has_a_page_that_needs_nothing_else(random_folder, tmp_path, monkeypatch, task):
     monkeypatch.chdir(tmp_path)
@@ -153,6 +157,7 @@ def test_every_task_has_a_page_that_needs_nothing_else(random_folder, tmp_path, 
     assert (tmp_path / "run-1.html").exists(), "nothing is overwritten"
 
 
+@slow
 def test_2_1_is_led_away_from_the_negative_prompt_in_both_networks(random_folder):
     pipe, size = Kandinsky.from_pretrained(random_folder / "kandinsky-2-1"), {"height": 32, "width": 32}
     found = explain.trace(pipe, PROMPT, seed=1, negative_prompt="a", **size, **STEPS)
@@ -167,12 +172,14 @@ def test_where_no_step_runs_the_page_says_so(pipe):
     assert found.frames == [] and "No step ran" in page(found)
 
 
+@slow
 def test_frames_have_the_pictures_size_and_hold_no_graph(pipe):
     found = explain.trace(pipe, PROMPT, height=20, width=24, **STEPS)
     assert {frame.picture.size for frame in found.frames} == {found.picture.size} == {(24, 20)}
     assert found.frames[-1].picture.tobytes() == found.picture.tobytes(), "the last estimate is the result"
 
 
+@slow
 def test_memory_phases_hold(random_folder):
     pipe = Kandinsky.from_pretrained(random_folder / "kandinsky-2-2-decoder", keep_loaded=False)
     explain.trace(pipe, PROMPT, height=32, width=32, **STEPS)
@@ -185,6 +192,7 @@ def test_what_would_draw_otherwise_is_refused(pipe, name):
         explain.trace(pipe, PROMPT, **{name: 2})
 
 
+@slow
 def test_what_was_cut_is_said(pipe):
     found = explain.trace(pipe, "red cat " * 60, height=32, width=32, **STEPS)
     assert len(found.tokens) == 77 and any("longer than 77 tokens" in text for text in found.warnings)
@@ -209,6 +217,7 @@ def test_mistakes_are_one_line(random_folder, tmp_path, monkeypatch, capsys, fla
     assert error.count("\n") == 1 and message in error and list(tmp_path.iterdir()) == []
 
 
+@slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page_without_a_fault(pipe, tmp_path, width):

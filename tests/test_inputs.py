@@ -164,6 +164,7 @@ BAD_PICTURES = [
         r"from -0.5 to -0.5; needed is \[0, 1\]; \(x \+ 1\) / 2 brings",
     ),
     (torch.full((3, 2, 2), 2.0), ValueError, r"image has values from 2 to 2; needed is \[0, 1\]$"),
+    (torch.full((3, 2, 2), -2.0), ValueError, r"image has values from -2 to -2; needed is \[0, 1\]$"),
     (torch.full((3, 2, 2), float("nan")), ValueError, "image has values from nan to nan"),
     (torch.zeros(3, 2, 2, dtype=torch.int64), TypeError, "image holds torch.int64; needed are uint8 levels"),
     (Image.new("F", (2, 2)), ValueError, "image has the mode F, whose colours are unknown here"),
@@ -280,6 +281,19 @@ def test_masks_are_resized_as_diffusers_does(size):
     assert torch.equal(masks.resize(masks.mask(soft), size[1], size[0]), 1 - keep[0, 0])
 
 
+def test_masks_are_repainted_from_the_middle_level_on():
+    for level, repainted in ((0.5, 1), (0.49, 0)):
+        assert (masks.resize(torch.full((2, 2), level), 2, 2) == repainted).all()
+    for level, repainted in ((127.6, 1), (127.4, 0)):  # rounded to eight bits
+        assert (masks.resize(torch.full((4, 4), level / 255), 2, 2) == repainted).all()
+
+
+def test_a_mask_in_colours_is_its_luminance():
+    for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 200, 90)):
+        image = Image.new("RGB", (1, 1), colour)
+        assert masks.mask(image).item() == pytest.approx(image.convert("L").getpixel((0, 0)) / 255, abs=2e-3)
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000), st.floats(0.02, 0.5))
 @settings(max_examples=60, deadline=None)
 def test_the_kept_latents_equal_diffusers_loops(height, width, seed, share):
@@ -345,9 +359,13 @@ def test_animations_and_grids(tmp_path):
         images.save_animation(frames, tmp_path / f"strip{suffix}")
         with Image.open(tmp_path / f"strip{suffix}") as read:
             assert read.n_frames == 8 and read.size == (6, 4)  # there and back, ends once
+    images.save_animation(frames, tmp_path / "slow.gif", seconds=0.5)
+    with Image.open(tmp_path / "slow.gif") as read:
+        assert read.info["duration"] == 500 and read.info["loop"] == 0
     with pytest.raises(FileExistsError):
         images.save_animation(frames, tmp_path / "strip.gif")
     with pytest.raises(ValueError, match="use .gif, .webp"):
         images.save_animation(frames, tmp_path / "strip.png")
     sheet = images.grid(frames, 3)
     assert sheet.size == (18, 8) and sheet.getpixel((7, 5)) == (160, 0, 0)
+    assert images.grid(frames[:2], 3).size == (12, 4)

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, parts, schedulers
+from kandinsky.checkpoint import write_safetensors
 from kandinsky.cli import WEIGHTS
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
 from kandinsky.encoders import CLIPImageEncoder
@@ -374,6 +375,8 @@ def test_progress_shows_one_bar_for_each_loop(pipe, capsys):
     our_pictures(pipe, 0, prompt=PROMPT, progress=True)
     shown = capsys.readouterr().err
     assert "prior" in shown and "decoder" in shown and "4/4" in shown
+    pipe.mix([PROMPT], [1], num_inference_steps=2, progress=True)
+    assert "prior" in capsys.readouterr().err
     our_pictures(pipe, 0, prompt=PROMPT)
     assert capsys.readouterr().err == ""
 
@@ -444,6 +447,13 @@ def test_keep_loaded_false_holds_one_network_at_a_time_and_gives_the_same_pictur
     assert all(names == {"unet"} for names in held) and not light._loaded
     assert {"text_encoder", "prior", "unet", "movq"} == set(pipe._loaded)
 
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        our_pictures(light, 3, prompt=PROMPT, on_step=stop)
+    assert not light._loaded
+
 
 def test_what_encodes_is_read_only_when_something_is_encoded(decoder_folder, pipe):
     light = Kandinsky.from_pretrained(decoder_folder)
@@ -475,8 +485,6 @@ def test_the_image_tower_is_read_only_when_its_constant_is_not_stored(decoder_fo
     assert torch.equal(our_pictures(pipe, 3, prompt=PROMPT), picture) and not reads  # computed once
     prior = folder / "kandinsky-2-2-prior"
     assert not (prior / "zero_image_embeds.safetensors").exists()
-    from kandinsky.checkpoint import write_safetensors
-
     zero = compute_zero_image_embeds(prior)
     write_safetensors({"zero_image_embeds": zero}, prior / "zero_image_embeds.safetensors")
     shutil.rmtree(prior / "image_encoder")
@@ -626,9 +634,9 @@ def test_the_zero_image_outlives_other_networks_that_are_replaced(pipe, monkeypa
     pipe.unet, pipe.movq, pipe.prior = pipe.unet, pipe.movq, pipe.prior
     _ = pipe.zero_image_embeds
     assert len(towers) == 1
-    pipe.image_encoder = pipe.image_encoder
+    tower = pipe.image_encoder = pipe.image_encoder
     _ = pipe.zero_image_embeds
-    assert len(towers) == 2
+    assert len(towers) == 2 and pipe.image_encoder is tower  # kept, being the user's
     pipe._constants["zero_image_embeds"] = randn(1, 7)
     with pytest.raises(ValueError, match=r"the zero image is \(1, 7\); this checkpoint needs"):
         our_pictures(pipe, 1, prompt=PROMPT)
@@ -701,11 +709,33 @@ def test_a_missing_zero_image_is_told_before_the_prior_runs(decoder_folder, tmp_
     shutil.copytree(decoder_folder.parent, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "kandinsky-2-2-prior" / "image_encoder")
     pipe = Kandinsky.from_pretrained(tmp_path / "copy" / decoder_folder.name)
-    with pytest.raises(CheckpointError, match="image_encoder is not a checkpoint folder"):
-        pipe.text2img(PROMPT)
-    assert not pipe._loaded
+    pipe.seeds = [5]
+    for call in (
+        lambda: pipe.text2img(PROMPT),
+        lambda: pipe.mix([PROMPT, Image.new("RGB", (9, 9))], [0.5, 0.5]),
+    ):
+        with pytest.raises(CheckpointError, match="image_encoder is not a checkpoint folder"):
+            call()
+    assert not pipe._loaded and pipe.seeds == [5]
     our_pictures(pipe, 0, prompt=PROMPT, negative_prompt=NEGATIVE)
     our_pictures(pipe, 0, prompt=PROMPT, guidance_scale=1.0)
+
+
+def test_missing_weights_leave_the_last_seeds_and_what_needs_them_not(decoder_folder, tmp_path):
+    shutil.copytree(decoder_folder.parent, tmp_path / "copy")
+    folder = tmp_path / "copy" / decoder_folder.name
+    for network in (folder / "movq", folder.parent / "kandinsky-2-2-prior" / "prior"):
+        (network / "diffusion_pytorch_model.safetensors").unlink()
+    pipe, embeds = Kandinsky.from_pretrained(folder), ImageEmbeds(*randn(2, 1, EMBEDDING_DIM))
+    latents = {"embeds": embeds, "num_inference_steps": 1, "output_type": "latent", "seed": 5}
+    pipe.text2img(**latents)
+    for call in (
+        lambda: pipe.embed(PROMPT, seed=9),
+        lambda: pipe.img2img(image=Image.new("RGB", (16, 16)), **latents | {"seed": 9}),
+    ):
+        with pytest.raises(CheckpointError, match="no such file: .*(prior|movq).diffusion_pytorch_model"):
+            call()
+    assert pipe.seeds == [5] and set(pipe._loaded) == {"unet"}
 
 
 def test_replaced_networks_need_no_prior_folder(decoder_folder, tmp_path, pipe):
@@ -716,16 +746,31 @@ def test_replaced_networks_need_no_prior_folder(decoder_folder, tmp_path, pipe):
     assert torch.equal(our_pictures(alone, 1, prompt=PROMPT), our_pictures(pipe, 1, prompt=PROMPT))
 
 
-def test_another_image_tower_has_another_zero_image(pipe):
+@pytest.mark.parametrize("stored", [False, True])
+def test_another_image_tower_has_another_zero_image(decoder_folder, tmp_path, stored):
+    shutil.copytree(decoder_folder.parent, tmp_path / "copy")
+    prior = tmp_path / "copy" / "kandinsky-2-2-prior"
+    if stored:
+        zero = compute_zero_image_embeds(prior)
+        write_safetensors({"zero_image_embeds": zero}, prior / "zero_image_embeds.safetensors")
+    pipe = Kandinsky.from_pretrained(tmp_path / "copy" / decoder_folder.name)
     before = pipe.zero_image_embeds
     with torch.no_grad():
         pipe.image_encoder.visual_projection.weight.mul_(2)
     pipe.image_encoder = pipe.image_encoder
     assert relative_l2(pipe.zero_image_embeds, 2 * before) <= 1e-6
+    del pipe.image_encoder
+    assert relative_l2(pipe.zero_image_embeds, before) <= 1e-6
 
 
-def test_to_moves_what_is_loaded_and_what_comes(pipe):
-    assert pipe.unet.dtype == torch.float32
+def test_a_zero_image_of_half_precision_is_computed_anew_in_float32(decoder_folder, pipe):
+    half = Kandinsky.from_pretrained(decoder_folder, dtype=torch.bfloat16)
+    assert not torch.equal(half.zero_image_embeds, pipe.zero_image_embeds)
+    assert torch.equal(half.to(dtype=torch.float32).zero_image_embeds, pipe.zero_image_embeds)
+
+
+def test_to_moves_what_is_loaded_assigned_and_to_come(pipe):
+    pipe.unet = pipe.unet
     assert pipe.to("cpu", torch.bfloat16) is pipe
     assert pipe.unet.dtype == pipe.movq.dtype == torch.bfloat16
 
@@ -771,6 +816,16 @@ def test_numbers_may_be_numpys(pipe):
     numbers = {"seed": np.uint64(2**64 - 1), "guidance_scale": np.float32(2), "height": np.int64(16)}
     our_pictures(pipe, prompt=PROMPT, num_images_per_prompt=np.int32(1), **numbers)
     assert pipe.seeds == [2**64 - 1] and type(pipe.seeds[0]) is int
+    for flag in (np.bool_(True), 1, np.int64(1)):
+        assert Kandinsky.from_pretrained(pipe.decoder_folder, keep_loaded=flag).keep_loaded is True
+    with pytest.raises(TypeError, match="keep_loaded is 2; True or False is needed"):
+        Kandinsky.from_pretrained(pipe.decoder_folder, keep_loaded=2)
+
+
+def test_a_side_that_is_not_given_is_the_checkpoints(pipe):
+    settings = {"embeds": ImageEmbeds(*randn(2, 1, EMBEDDING_DIM)), "num_inference_steps": 1}
+    assert pipe.text2img(height=16, **settings)[0].size == (32, 16)
+    assert pipe.text2img(width=16, **settings)[0].size == (16, 32)
 
 
 def test_embeds_survive_a_file(pipe, tmp_path):
@@ -779,6 +834,9 @@ def test_embeds_survive_a_file(pipe, tmp_path):
     assert torch.equal(ImageEmbeds.load(tmp_path / "embeds.safetensors").negative_image_embeds, same)
     with pytest.raises(CheckpointError):
         ImageEmbeds.load(tmp_path)
+    write_safetensors({"negative_image_embeds": same}, tmp_path / "half.safetensors")
+    with pytest.raises(CheckpointError, match="not image embeddings"):
+        ImageEmbeds.load(tmp_path / "half.safetensors")
     for negative in (None, NEGATIVE):
         embeds = pipe.embed(PROMPT, negative, num_inference_steps=2, seed=0)
         embeds.save(tmp_path / "embeds.safetensors")
@@ -825,6 +883,9 @@ BAD_CALLS = [
     ({"prompt": ["a", 3]}, TypeError, "prompt is a list with a int in it; a string or a list"),
     ({"negative_prompt": ["a", "b"]}, ValueError, "2 negative prompts for 1 prompts; give one, or as many"),
     ({"negative_prompt": 1}, TypeError, "negative_prompt is a int"),
+    ({"prompt": ["a"] * 3, "negative_prompt": ["a", "b"]}, ValueError, "2 negative prompts for 3 prompts"),
+    ({"prompt": "\ud800"}, ValueError, r"prompt is '\\ud800', which is no text"),
+    ({"prompt": "\udfff"}, ValueError, r"prompt is '\\udfff', which is no text"),
     ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt is 0; allowed is 1 and more"),
     (
         {"num_images_per_prompt": True},
@@ -848,6 +909,7 @@ BAD_CALLS = [
     ({"height": 10**20}, ValueError, "height is 100000000000000000000; allowed is 1 to 65536"),
     ({"width": 51.2}, TypeError, "width is 51.2 of type float; an int is needed"),
     ({"seed": -1}, ValueError, "seed is -1"),
+    ({"seed": 2**64 - 1, "num_images_per_prompt": 2}, ValueError, f"seed is {2**64 - 1}; allowed is 0 to"),
     ({"seed": 1.0}, TypeError, "seed is 1.0 of type float"),
     ({"seed": [1, 2]}, ValueError, "2 seeds for 1 images; give one int, or one seed per image"),
     ({"output_type": "np"}, ValueError, "output_type is 'np'; use 'pt', "),
@@ -876,6 +938,22 @@ BAD_CALLS = [
         {"prompt": None, "embeds": ImageEmbeds(torch.zeros(3, EMBEDDING_DIM), torch.zeros(2, EMBEDDING_DIM))},
         ValueError,
         "2 negative embeddings for 3; give one, or as many",
+    ),
+    *(
+        ({"prompt": None, "embeds": ImageEmbeds(*embeds)}, ValueError, message)
+        for embeds, message in (
+            ((torch.zeros(1, EMBEDDING_DIM), torch.zeros(1, 5)), r"negative_image_embeds is \(1, 5\); this"),
+            (
+                (torch.full((1, EMBEDDING_DIM), float("nan")),),
+                "image_embeds must be floating point and finite",
+            ),
+            ((torch.zeros(1, EMBEDDING_DIM).long(),), "image_embeds must be floating point and finite"),
+        )
+    ),
+    (
+        {"prompt": None, "negative_prompt": "bad", "embeds": ImageEmbeds(torch.zeros(1, EMBEDDING_DIM))},
+        ValueError,
+        "give either prompts or embeds",
     ),
     ({"prompt": None, "embeds": "a cat"}, TypeError, "embeds is a str; .* which .*embed.prompt. gives"),
     ({"generator": None}, TypeError, r"text2img\(\) has no argument 'generator'; use seed="),
@@ -916,6 +994,14 @@ def test_bad_folders_devices_and_dtypes_are_refused(decoder_folder, tmp_path):
         Kandinsky.from_pretrained(3)
     with pytest.raises(TypeError, match="keep_loaded is 'no'; True or False is needed"):
         Kandinsky.from_pretrained(decoder_folder, keep_loaded="no")
+
+
+@pytest.mark.parametrize("network", ["unet", "movq"])
+def test_a_decoder_with_a_broken_config_is_not_opened(decoder_folder, tmp_path, network):
+    shutil.copytree(decoder_folder, tmp_path / "decoder")
+    (tmp_path / "decoder" / network / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{network}.config.json: _class_name is None"):
+        Kandinsky.from_pretrained(tmp_path / "decoder")
 
 
 def test_a_refused_move_changes_nothing(pipe):
@@ -1011,8 +1097,11 @@ def test_numbers_of_a_prior_that_does_not_run_are_checked_too(pipe):
 def test_non_finite_results_stop_the_run(pipe):
     with torch.no_grad():
         pipe.unet.conv_out.bias.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match="the decoder's result is not finite"):
-        our_pictures(pipe, 0, prompt=PROMPT)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pipe.to(dtype=dtype)
+        with pytest.raises(FloatingPointError, match="the decoder's result is not finite") as caught:
+            pipe.text2img(embeds=ImageEmbeds(*randn(2, 1, EMBEDDING_DIM)), num_inference_steps=1)
+        assert ("try dtype=torch.bfloat16" in str(caught.value)) == (dtype == torch.float16)
 
 
 @torch.no_grad()
@@ -1032,6 +1121,23 @@ def test_what_overflows_in_movq_in_float16_is_computed_in_float32(pipe):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in pipe.movq.state_dict().items())
 
 
+@torch.no_grad()
+def test_movq_is_half_again_where_float32_has_no_memory(pipe, monkeypatch):
+    pipe.to(dtype=torch.float16)
+    pipe.movq.decoder.conv_in.weight.copy_(6e4 * pipe.movq.decoder.conv_in.weight.sign())
+    decode = MoVQ.decode
+
+    def decode_in_little_memory(movq, z):
+        if movq.dtype == torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(movq, z)
+
+    monkeypatch.setattr(MoVQ, "decode", decode_in_little_memory)
+    with pytest.raises(MemoryError):
+        pipe.text2img(embeds=ImageEmbeds(*randn(2, 1, EMBEDDING_DIM)), num_inference_steps=1)
+    assert pipe.movq.dtype == torch.float16
+
+
 def test_a_decoded_picture_that_is_not_finite_stops_the_run(pipe):
     with torch.no_grad():
         pipe.movq.decoder.conv_out.bias.fill_(float("nan"))
@@ -1044,6 +1150,7 @@ def test_a_decoded_picture_that_is_not_finite_stops_the_run(pipe):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand more"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory\nand more"),
+        torch.OutOfMemoryError("the device is full\nand more"),
         RuntimeError("MPS backend out of memory (MPS allocated: 18.08 GiB)\nand more"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate\nand more"),
     ],

@@ -3,6 +3,7 @@
 diffusers serves as it is, its networks in eval mode; where it breaks ours is held against single runs.
 """
 
+import functools
 from pathlib import Path
 
 import diffusers
@@ -29,7 +30,8 @@ from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import HEIGHT, WIDTH, generator, half_mask, quiet
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+SEEDS = [0, *(pytest.param(seed, marks=slow) for seed in (7, 123))]
 
 PROMPT, NEGATIVE, STEPS = "a red cat", "кот", {"num_inference_steps": 4}
 OURS = {**STEPS, "height": HEIGHT, "width": WIDTH, "output_type": "pt"}
@@ -81,6 +83,7 @@ def both(folders, task, seed, scheduler="scheduler", height=HEIGHT, width=WIDTH,
     return ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)
 
 
+@slow
 @pytest.mark.parametrize("negative_prompt", [None, NEGATIVE])
 @pytest.mark.parametrize("guidance_scale", [4.0, 1.0])
 def test_text2img_equals_diffusers(folders, negative_prompt, guidance_scale):
@@ -89,26 +92,28 @@ def test_text2img_equals_diffusers(folders, negative_prompt, guidance_scale):
         assert relative_l2(*both(folders, "text2img", seed, **settings)) <= 1e-4
 
 
+@slow
 def test_the_learned_variance_and_dynamic_thresholding_equal_diffusers(folders):
     for seed in (0, 7, 123):
         assert relative_l2(*both(folders, "text2img", seed, "ddpm_scheduler")) <= 1e-4
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-@pytest.mark.parametrize("negative_prompt", [None, NEGATIVE])
-def test_img2img_equals_diffusers_where_that_works(folders, strength, negative_prompt):
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("strength", [0.5, pytest.param(1.0, marks=slow)])
+@pytest.mark.parametrize("negative_prompt", [NEGATIVE, pytest.param(None, marks=slow)])
+def test_img2img_equals_diffusers_where_that_works(folders, strength, negative_prompt, seed):
     """On squares: diffusers encodes others at another size than it draws them."""
-    for seed in (0, 7, 123):
-        settings = {"height": 32, "width": 32, "strength": strength, "negative_prompt": negative_prompt}
-        assert relative_l2(*both(folders, "img2img", seed, **settings)) <= 1e-4
+    settings = {"height": 32, "width": 32, "strength": strength, "negative_prompt": negative_prompt}
+    assert relative_l2(*both(folders, "img2img", seed, **settings)) <= 1e-4
 
 
-@pytest.mark.parametrize("negative_prompt", [None, NEGATIVE])
-def test_inpainting_equals_diffusers(folders, negative_prompt):
-    for seed in (0, 7, 123):
-        assert relative_l2(*both(folders, "inpaint", seed, negative_prompt=negative_prompt)) <= 1e-4
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("negative_prompt", [NEGATIVE, pytest.param(None, marks=slow)])
+def test_inpainting_equals_diffusers(folders, negative_prompt, seed):
+    assert relative_l2(*both(folders, "inpaint", seed, negative_prompt=negative_prompt)) <= 1e-4
 
 
+@slow
 @pytest.mark.parametrize("task", CLASSES)
 def test_a_batch_equals_single_runs_also_where_diffusers_breaks(folders, task):
     """Two prompts of two images each, of other pictures, not square."""
@@ -150,6 +155,7 @@ def their_prior(folders):
     )
 
 
+@slow
 def test_the_prior_and_the_whole_path_equal_diffusers(folders, their_prior):
     """The combined pipeline's stream. It passes the decoder no negative prompt, so none is given."""
     decoder = folders["text2img"]
@@ -165,6 +171,7 @@ def test_the_prior_and_the_whole_path_equal_diffusers(folders, their_prior):
         assert relative_l2(ours, torch.from_numpy(wanted).permute(0, 3, 1, 2)) <= 1e-4
 
 
+@slow
 def test_mixtures_equal_interpolate_and_go_with_a_prompt(folders, their_prior):
     pipe, items, weights = (
         Kandinsky.from_pretrained(folders["text2img"]),
@@ -180,6 +187,7 @@ def test_mixtures_equal_interpolate_and_go_with_a_prompt(folders, their_prior):
     assert pipe.text2img("", embeds=ours, seed=0, **OURS).shape == (1, 3, HEIGHT, WIDTH)
 
 
+@slow
 @pytest.mark.parametrize(
     "script, given",
     [
@@ -202,17 +210,19 @@ def test_scripts_draw_and_repeat_their_pictures(folders, tmp_path, monkeypatch, 
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
 
 
+@slow
 @pytest.mark.parametrize("frames", [[], ["--frames", "2"]])
 def test_a_mixtures_negative_prompt_reaches_the_decoders_own_tower(folders, tmp_path, monkeypatch, frames):
-    given = []
-    draw = Kandinsky.text2img
-    monkeypatch.setattr(Kandinsky, "text2img", lambda pipe, **call: given.append(call) or draw(pipe, **call))
+    given, draw = [], Kandinsky.text2img
+    noted = functools.wraps(draw)(lambda pipe, **call: given.append(call) or draw(pipe, **call))
+    monkeypatch.setattr(Kandinsky, "text2img", noted)
     short = ["--steps", "1", "--prior-steps", "1", "--height", "16", "--width", "16"]
     flags = ["--negative-prompt", NEGATIVE, "--weights", folders["text2img"], "--out", tmp_path / "a.png"]
     assert run("mix", PROMPT, "a dog", *frames, *flags, *short) == 0
     assert {(call["prompt"], call["negative_prompt"]) for call in given} == {("", NEGATIVE)}
 
 
+@slow
 def test_loras_and_rewrites_go_on_and_come_off(folders, tmp_path):
     pipe = Kandinsky.from_pretrained(folders["text2img"])
     draw = lambda: pipe.text2img(PROMPT, embeds=embeds_of(), seed=0, **OURS)  # noqa: E731
@@ -231,6 +241,7 @@ def test_loras_and_rewrites_go_on_and_come_off(folders, tmp_path):
     assert torch.equal(draw(), plain)
 
 
+@slow
 def test_networks_are_freed_and_read_again(folders):
     pipes = [Kandinsky.from_pretrained(folders["text2img"], keep_loaded=keep) for keep in (True, False)]
     pictures = [pipe.text2img(PROMPT, prior_num_inference_steps=2, seed=0, **OURS) for pipe in pipes]
@@ -257,6 +268,7 @@ def test_mistakes_are_named_before_any_weight_is_read(folders, tmp_path):
     assert pipe._loaded == {}
 
 
+@slow
 @pytest.mark.parametrize(
     "task, kind",
     [
@@ -286,6 +298,7 @@ def test_the_combined_pipelines_are_one_call(folders, their_prior, task, kind):
         assert relative_l2(ours, torch.from_numpy(theirs).permute(0, 3, 1, 2)) <= 1e-4
 
 
+@slow
 @pytest.mark.parametrize("negative_prompt", [None, NEGATIVE])
 def test_embed_from_equals_the_later_pipeline_on_the_same_networks(folders, their_prior, negative_prompt):
     """diffusers has it for 2.2 only, but its class takes 2.1's prior as it is."""
