@@ -290,7 +290,9 @@ def test_a_checkpoints_hash_tells_weights_apart(decoder_folder, inpaint_folder, 
     with open(tmp_path / "big.safetensors", "r+b") as file:
         file.seek(2**24 + 5)
         file.write(b"x" * 2**19)
-    assert metadata.checkpoint_hash(tmp_path) != before
+    edited = metadata.checkpoint_hash(tmp_path)
+    (tmp_path / "big.safetensors").rename(tmp_path / "other.safetensors")
+    assert len({before, edited, metadata.checkpoint_hash(tmp_path)}) == 3
 
 
 def saved(path, settings, key="kandinsky"):
@@ -342,6 +344,7 @@ FORGED = [
     ("dtype", "int8", "dtype is 'int8'"),
     ("device", "meta", "device is 'meta'"),
     ("device", "cuda:0; rm", "device is"),
+    ("device", "cuda:100", "device is 'cuda:100'"),
     ("threads", 0, "threads is '0'"),
     ("threads", 10**9, "threads is"),
     ("optimisation", "eval", "optimisation is 'eval'"),
