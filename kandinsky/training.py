@@ -25,13 +25,20 @@ from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from kandinsky import arguments, images
-from kandinsky.checkpoint import CheckpointError, atomic_file, open_safetensors, write_safetensors
+from kandinsky.checkpoint import (
+    CheckpointError,
+    atomic_file,
+    open_safetensors,
+    read_json,
+    write_json,
+    write_safetensors,
+)
 from kandinsky.lora import lora_parameters, save_lora
 from kandinsky.optimize import is_optimized
 
 DROPPED = 0.1  # share of samples without text or image embedding (arXiv:2204.06125 §2.1 and §2.2)
 LEAST = 1e-9  # of what must not be zero
-STATE, METRICS = "state.safetensors", "metrics.jsonl"
+STATE, METRICS, WRITTEN = "state.safetensors", "metrics.jsonl", "written.json"
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,10 @@ class Trainer:
                 if main and (self.step % settings.save_every == 0 or last):
                     self.save()
                 if main and (self.step % settings.sample_every == 0 or last):
+                    self.write()
                     self.sample()
+        if main and not self._is_written():  # by a run that was stopped behind its last save
+            self.write()
         if world_size() > 1:
             distributed.barrier()
 
@@ -264,12 +274,22 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
         return {"loss": loss.detach(), "gradient": norm, **metrics}
 
+    def write(self) -> None:
+        """Writes the networks, with the averaged weights."""
+        with self.averaged(), torch.no_grad():
+            self.objective.save(self.output)
+        write_json({"step": self.step}, self.folder / WRITTEN)
+
+    def _is_written(self) -> bool:
+        """Whether of this step. Not again then: a later stage may have written over some of it."""
+        path = self.folder / WRITTEN
+        return path.exists() and read_json(path).get("step") == self.step
+
     def sample(self) -> None:
-        """Measures and draws with the averaged weights; writes the networks made of them."""
+        """Measures and draws with the averaged weights."""
         draws = Draws(f"{self.settings.seed} sample", slice(None), 64, self.device)
         with self.averaged(), torch.no_grad():
             grid, measured = self.objective.sample(draws)
-            self.objective.save(self.output)
         if measured:
             self._write_metrics({"step": self.step, **measured})
         if grid is not None:

@@ -693,3 +693,18 @@ def test_the_decoders_mean_squared_error_ignores_the_variance():
         level = DDPMScheduler().alphas_cumprod[t].reshape(2, 1, 1, 1)
         eps = unet(level.sqrt() * x0 + (1 - level).sqrt() * noise, t, embeds)[:, :4]
     torch.testing.assert_close(error, F.mse_loss(eps, noise))
+
+
+@pytest.mark.parametrize("fails", ["draw", "write"])
+def test_a_run_that_stops_behind_its_last_save_writes_its_networks_when_started_again(tmp_path, fails):
+    objective, file = movq_objective(), tmp_path / "movq" / "diffusion_pytorch_model.safetensors"
+    setattr(objective, "sample" if fails == "draw" else "save", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(objective, Settings(2, 2), tmp_path).run(progress=False)
+    assert file.exists() == (fails == "draw") and (tmp_path / "training" / "state.safetensors").exists()
+    Trainer(movq_objective(), Settings(2, 2), tmp_path).run(progress=False)
+    average = state(tmp_path)
+    assert all(torch.equal(x, average[f"average.movq.{name}"]) for name, x in load_file(file).items())
+    file.write_bytes(b"of a later stage")
+    Trainer(movq_objective(), Settings(2, 2), tmp_path).run(progress=False)
+    assert file.read_bytes() == b"of a later stage"
