@@ -257,14 +257,17 @@ class Trainer:
         """One update from `accumulate` batches -> the last one's loss and measurements"""
         settings = self.settings
         self.objective.train()
+        losses = []
         for part, batch in enumerate(batches):
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=settings.bf16):
                 loss, metrics = self.objective.loss(batch, self._draws(f"{self.step} {part}"))
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; try a lower rate")
             (loss / len(batches)).backward()
+            losses.append(loss.detach())
         self._average_gradients()
         norm = nn.utils.clip_grad_norm_(self.weights.values(), settings.max_norm)
+        if not torch.stack([*losses, norm]).isfinite().all():  # on a GPU the step's one wait
+            numbers = f"the loss is {losses[-1].item()} and the gradient's norm {norm.item()}"
+            raise FloatingPointError(f"{numbers} at step {self.step}; try a lower rate")
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(self.step)
         self.optimizer.step()
@@ -272,7 +275,7 @@ class Trainer:
         decay = min(settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
-        return {"loss": loss.detach(), "gradient": norm, **metrics}
+        return {"loss": losses[-1], "gradient": norm, **metrics}
 
     def write(self) -> None:
         """Writes the networks, with the averaged weights."""

@@ -708,3 +708,13 @@ def test_a_run_that_stops_behind_its_last_save_writes_its_networks_when_started_
     file.write_bytes(b"of a later stage")
     Trainer(movq_objective(), Settings(2, 2), tmp_path).run(progress=False)
     assert file.read_bytes() == b"of a later stage"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_no_weight(tmp_path):
+    trainer = Trainer(movq_objective(), Settings(1, 2), tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.weights.items()}
+    weight = trainer.objective.movq.decoder.conv_out.weight
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(FloatingPointError, match=r"the loss is \d.* norm (nan|inf) at step 0; try a lower"):
+        trainer.run(progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.weights.items())
