@@ -30,6 +30,7 @@ from kandinsky.checkpoint import (
     atomic_file,
     open_safetensors,
     read_json,
+    temporaries,
     write_json,
     write_safetensors,
 )
@@ -232,6 +233,8 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if main:
             self._forget_later_metrics()
+            for path in temporaries(self.folder / STATE):  # of saves that were killed
+                path.unlink(missing_ok=True)
         bar = tqdm(total=settings.steps, initial=self.step, disable=not (progress and main), mininterval=1)
         with bar, ThreadPoolExecutor(1) as ahead:
             batches = self._batches(ahead)

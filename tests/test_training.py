@@ -710,6 +710,14 @@ def test_a_run_that_stops_behind_its_last_save_writes_its_networks_when_started_
     assert file.read_bytes() == b"of a later stage"
 
 
+def test_what_killed_saves_left_is_removed(tmp_path):
+    (tmp_path / "training").mkdir()
+    left = tmp_path / "training" / ".state.x1y2z3.safetensors"
+    left.write_bytes(b"half a state")
+    Trainer(movq_objective(), Settings(1, 2), tmp_path).run(progress=False)
+    assert not left.exists() and state(tmp_path)
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_no_weight(tmp_path):
     trainer = Trainer(movq_objective(), Settings(1, 2), tmp_path)
     before = {name: p.detach().clone() for name, p in trainer.weights.items()}
