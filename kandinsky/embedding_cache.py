@@ -86,7 +86,11 @@ def build_cache(
             raise samples
         for name, tensor in encode(samples).items():
             parts.setdefault(name, []).append(tensor.cpu())
-    tensors = {name: p[0] if name.startswith("empty_") else torch.cat(p) for name, p in parts.items()}
+    tensors = {}
+    for name in list(parts):  # one after the other, so that not all of it is in memory twice
+        batches = parts.pop(name)
+        tensors[name] = batches[0] if name.startswith("empty_") else torch.cat(batches)
+    del batches
     write_safetensors(tensors, path)
     return Cache(tensors)
 

@@ -177,7 +177,8 @@ def initialize(model: nn.Module, seed: int, zero: tuple[str, ...] = ()) -> nn.Mo
 
 def save_as(network: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Writes a network's weights in another precision; the network keeps its own."""
-    copy.deepcopy(network).to(dtype).save_pretrained(folder)
+    cast = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in network.parameters()}
+    copy.deepcopy(network, cast).save_pretrained(folder)  # which takes these for copied already
 
 
 def save_trained(network: nn.Module, folder: Path, name: str, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from random import Random
 
@@ -20,7 +21,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from kandinsky import MoVQ, Prior, UNet, decoder_training, images, prior_training, shapes
+from kandinsky import MoVQ, Prior, UNet, decoder_training, embedding_cache, images, prior_training, shapes
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
@@ -33,7 +34,7 @@ from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_lo
 from kandinsky.prior_training import PriorObjective, deepen, prior_loss
 from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
-from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize
+from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize, save_as
 from kandinsky.unet import AttentionBlock, ResnetBlock
 from kandinsky.vocabulary import END, START, write_tokenizer
 from tests.helpers import randn, relative_l2
@@ -708,6 +709,29 @@ def test_a_run_that_stops_behind_its_last_save_writes_its_networks_when_started_
     file.write_bytes(b"of a later stage")
     Trainer(movq_objective(), Settings(2, 2), tmp_path).run(progress=False)
     assert file.read_bytes() == b"of a later stage"
+
+
+def test_a_network_is_saved_in_another_precision_without_a_second_one_in_memory(tmp_path, monkeypatch):
+    movq = movq_objective().movq
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda *_: 1 / 0)
+    save_as(movq, tmp_path, torch.float16)
+    written = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(written[name], x.half()) for name, x in movq.state_dict().items())
+    assert movq.dtype == torch.float32 and all(p.requires_grad for p in movq.parameters())
+
+
+def test_a_cache_is_not_in_memory_twice(tmp_path, monkeypatch):
+    batches, alive = [], []
+
+    def encode(samples: Samples) -> dict[str, torch.Tensor]:
+        rows = samples.pixels.mean(dim=(2, 3))
+        batches.append(weakref.ref(rows))
+        return {"image_embeds": rows}
+
+    write = lambda *_: alive.extend(row() is not None for row in batches)  # noqa: E731
+    monkeypatch.setattr(embedding_cache, "write_safetensors", write)
+    build_cache(Shapes(3, 16), 6, tmp_path / "cache", encode, batch_size=2, progress=False)
+    assert len(alive) == 3 and sum(alive) <= 1  # the loop's last
 
 
 def test_what_killed_saves_left_is_removed(tmp_path):
