@@ -44,8 +44,8 @@ STATE, METRICS, WRITTEN = "state.safetensors", "metrics.jsonl", "written.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run goes. If it is resumed with others than `steps`, `save_every` and `sample_every`, it
-    goes on from where it was, but not to the same bits."""
+    """How a run goes. If it is resumed with others than `save_every` and `sample_every`, it goes on from
+    where it was, but not to the same bits; with other `steps` only until the decay of either begins."""
 
     steps: int = 10_000
     batch_size: int = 64  # of one process, in one backward pass
