@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from kandinsky.checkpoint import open_safetensors, write_safetensors
+from kandinsky.checkpoint import write_safetensors
 from kandinsky.datasets import Dataset, Samples, shuffled
 from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP
 from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
+from kandinsky.training import open_own
 
 Encode = Callable[[Samples], dict[str, Tensor]]  # samples -> tensors of as many rows
 
@@ -33,7 +34,7 @@ class Cache:
 
     @classmethod
     def read(cls, path: Path) -> "Cache":
-        file = open_safetensors(path)
+        file = open_own(path)
         return cls({name: file.get_tensor(name) for name in file.keys()})
 
     def __len__(self) -> int:

@@ -329,7 +329,7 @@ class Trainer:
     def load(self) -> None:
         """Takes up the state of the folder; one of another objective is a CheckpointError."""
         path = self.folder / STATE
-        file = open_safetensors(path)
+        file = open_own(path)
         kinds = ("weights", "average", "exp_avg", "exp_avg_sq")
         wanted = {f"{kind}.{name}": p.shape for name, p in self.weights.items() for kind in kinds}
         found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -395,6 +395,15 @@ class Trainer:
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def open_own(path: Path) -> Any:
+    """A safetensors file that a training wrote: one that is torn is not to be had elsewhere."""
+    try:
+        return open_safetensors(path)
+    except CheckpointError as error:
+        what = str(error).removesuffix("; fetch it again")
+        raise CheckpointError(f"{what}; delete it to begin anew") from None
 
 
 def to_device(value: Any, device: str) -> Any:

@@ -734,6 +734,15 @@ def test_a_cache_is_not_in_memory_twice(tmp_path, monkeypatch):
     assert len(alive) == 3 and sum(alive) <= 1  # the loop's last
 
 
+def test_of_a_torn_state_it_is_said_what_to_do(tmp_path):
+    path = tmp_path / "training" / "state.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"torn")
+    for read in (lambda: Trainer(movq_objective(), Settings(1, 2), tmp_path), lambda: Cache.read(path)):
+        with pytest.raises(ValueError, match=r"is not a whole .*\); delete it to begin anew$"):
+            read()
+
+
 def test_what_killed_saves_left_is_removed(tmp_path):
     (tmp_path / "training").mkdir()
     left = tmp_path / "training" / ".state.x1y2z3.safetensors"
