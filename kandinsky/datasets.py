@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kandinsky import images, shapes
+from kandinsky import arguments, images, shapes
 from kandinsky.captions import caption
 from kandinsky.shapes import Scene
 
@@ -100,16 +100,17 @@ class Folder:
 
     def _listed(self, path: Path) -> list[tuple[Path, str, Path | None]]:
         entries = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line)
-                text = str(fields.get("text", fields.get("caption")))
+                fields = json.loads(line)  # UTF-8, with or without a mark at the start
+                text = arguments.text(fields.get("text", fields.get("caption")), "text")
                 hint = fields.get("hint_file_name")
                 entries.append((self.folder / fields["file_name"], text, hint and self.folder / hint))
-            except (ValueError, KeyError, AttributeError, TypeError):
-                report(f"{path.name} line {number} has no file_name and text, or what is no name for a file")
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                what = "has no file_name and text, or what is no name for a file"
+                report(f"{path.name} line {number} {what}: {error}")
         return entries
 
     def _beside(self) -> list[tuple[Path, str, Path | None]]:
@@ -118,11 +119,13 @@ class Folder:
             if path.stem.endswith(HINT):
                 continue
             text, hint = path.with_suffix(".txt"), path.with_suffix(f"{HINT}.png")
-            if text.exists():
-                words = " ".join(text.read_text(encoding="utf-8").split())
+            try:
+                words = " ".join(text.read_text(encoding="utf-8-sig").split())
                 entries.append((path, words, hint if hint.exists() else None))
-            else:
+            except FileNotFoundError:
                 report(f"{path} has no caption: neither metadata.jsonl nor {text.name}")
+            except (OSError, ValueError) as error:
+                report(f"{text} cannot be read: {error}")
         return entries
 
     def _is_readable(self, path: Path, _: str, hint: Path | None) -> bool:

@@ -583,6 +583,28 @@ def test_folder_reports_and_leaves_out_what_it_cannot_read(tmp_path, capsys):
         Folder((tmp_path / "empty").mkdir() or tmp_path / "empty", 32)
 
 
+def test_a_caption_that_is_no_text_is_reported_and_left_out(tmp_path, capsys):
+    folder = write_folder(tmp_path / "pictures", 1)
+    texts = ({"text": None}, {}, {"text": 7}, {"text": "half \ud83d"}, {"text": "a\u2028b"})
+    lines = [json.dumps({"file_name": "0.png", **text}, ensure_ascii=False) for text in texts]
+    written = "\ufeff" + "\n".join(reversed(lines)) + "\n"
+    (folder / "metadata.jsonl").write_bytes(written.encode("utf-8", "surrogatepass") + b'"\xff"\n')
+    assert Folder(folder, 8).load([0]).captions == ["a\u2028b"]
+    shown = capsys.readouterr().err
+    assert shown.count("left out: metadata.jsonl line") == 5 and "text is a NoneType" in shown
+
+
+def test_a_text_beside_a_picture_that_cannot_be_read_is_left_out_by_name(tmp_path, capsys):
+    for name in ("bad", "folder", "marked"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "marked.txt").write_bytes("\ufeffa cat".encode())
+    data, shown = Folder(tmp_path, 8), capsys.readouterr().err
+    assert data.load([0]).captions == ["a cat"] and len(data) == 1
+    assert "bad.txt cannot be read" in shown and "folder.txt cannot be read" in shown
+
+
 def test_folder_reads_captions_beside_pictures_and_crops_the_middle(tmp_path, capsys):
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 20:40] = 255
