@@ -73,12 +73,13 @@ class Folder:
 
     hints: each picture needs one of its own aspect, `hint_file_name` in `metadata.jsonl`, or `cat.hint.png`
         beside `cat.jpg`.
+    seed: of the order.
 
     Raises ValueError when nothing is left.
     """
 
-    def __init__(self, folder: str | Path, size: int, hints: bool = False):
-        self.folder, self.size, self.hints = Path(folder), size, hints
+    def __init__(self, folder: str | Path, size: int, hints: bool = False, seed: int = 0):
+        self.folder, self.size, self.hints, self.seed = Path(folder), size, hints, seed
         if not self.folder.is_dir():
             raise ValueError(f"no such folder: {folder}")
         listed = self.folder / "metadata.jsonl"
@@ -91,7 +92,7 @@ class Folder:
         return len(self.samples)
 
     def load(self, indices: list[int]) -> Samples:
-        chosen = [self.samples[shuffled(index, len(self.samples))] for index in indices]
+        chosen = [self.samples[shuffled(index, len(self.samples), self.seed)] for index in indices]
         pixels = torch.stack([read_picture(path, self.size) for path, _, _ in chosen])
         hints = None
         if self.hints:
@@ -200,15 +201,16 @@ def aspect(path: Path) -> float:
     return width / height
 
 
-def shuffled(index: int, count: int) -> int:
+def shuffled(index: int, count: int, seed: int = 0) -> int:
     """The index-th row of an endless walk that visits all `count` rows once in each round, in a new order."""
     round_number, at = divmod(index, count)
-    if (round_number, count) not in _orders:
+    key = (round_number + 1_000_003 * seed) % 2**32, count  # PyTorch's CPU generators take 32 bits of a seed
+    if key not in _orders:
         if len(_orders) > 8:
             _orders.clear()
-        generator = torch.Generator().manual_seed(round_number)
-        _orders[round_number, count] = torch.randperm(count, generator=generator).tolist()
-    return _orders[round_number, count][at]
+        generator = torch.Generator().manual_seed(key[0])
+        _orders[key] = torch.randperm(count, generator=generator).tolist()
+    return _orders[key][at]
 
 
 _orders: dict[tuple[int, int], list[int]] = {}

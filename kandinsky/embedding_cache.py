@@ -19,10 +19,11 @@ Encode = Callable[[Samples], dict[str, Tensor]]  # samples -> tensors of as many
 
 
 class Cache:
-    """Tensors with a row for each picture; captions' states are packed, without their padding."""
+    """Tensors with a row for each picture; captions' states are packed, without their padding. seed: of the
+    order in which rows are read."""
 
-    def __init__(self, tensors: dict[str, Tensor]):
-        self.tensors = tensors
+    def __init__(self, tensors: dict[str, Tensor], seed: int = 0):
+        self.tensors, self.seed = tensors, seed
         self.empty_text: dict[str, Tensor] = {}
         if "text_states" in tensors:
             ends = tensors["text_lengths"].long().cumsum(dim=0)
@@ -33,9 +34,9 @@ class Cache:
             self.empty_text["ids"] = tensors["empty_ids"].long()[None]
 
     @classmethod
-    def read(cls, path: Path) -> "Cache":
+    def read(cls, path: Path, seed: int = 0) -> "Cache":
         file = open_own(path)
-        return cls({name: file.get_tensor(name) for name in file.keys()})
+        return cls({name: file.get_tensor(name) for name in file.keys()}, seed)
 
     def __len__(self) -> int:
         return len(self.tensors["image_embeds"])
@@ -49,7 +50,7 @@ class Cache:
     def rows(self, indices: list[int], *names: str) -> dict[str, Tensor]:
         """Rows in `shuffled` order: every len(self) numbers visit each picture once.
         "text" gives text_embeds, text_states, text_ids and text_mask."""
-        rows = [shuffled(index, len(self)) for index in indices]
+        rows = [shuffled(index, len(self), self.seed) for index in indices]
         out = {name: self.tensors[name][rows].float() for name in names if name != "text"}
         if "text" in names:
             for name in ("states", "ids"):
@@ -71,11 +72,12 @@ def build_cache(
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = True,
+    seed: int = 0,
 ) -> Cache:
     """Encodes the first `count` samples and writes the file; an existing one is read instead.
-    workers: processes that make the samples; 0: this one does."""
+    workers: processes that make the samples; 0: this one does. seed: of the order in which rows are read."""
     if path.exists():
-        return Cache.read(path)
+        return Cache.read(path, seed)
     from tqdm import tqdm
 
     parts: dict[str, list[Tensor]] = {}
@@ -93,7 +95,7 @@ def build_cache(
         tensors[name] = batches[0] if name.startswith("empty_") else torch.cat(batches)
     del batches
     write_safetensors(tensors, path)
-    return Cache(tensors)
+    return Cache(tensors, seed)
 
 
 def _load_or_say_why(data: Dataset, indices: list[int]) -> Samples | Exception:

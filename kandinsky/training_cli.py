@@ -134,7 +134,7 @@ def data_of(args: Namespace, hints: bool = False) -> Dataset:
     shapes = shapes_of(args, hints)
     if args.data is None:
         return shapes
-    return Folder(args.data, args.size, hints)
+    return Folder(args.data, args.size, hints, args.seed)
 
 
 def fresh_data_of(args: Namespace) -> dict[str, Dataset]:

@@ -116,7 +116,7 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
     rounds = HOLES if args.task == "inpaint" else 1
     number = args.count if args.data is None else rounds * len(data)
     path = args.out / "training" / "latents.safetensors"
-    cache = build_cache(data, number, path, encode, args.encode_batch, args.workers)
+    cache = build_cache(data, number, path, encode, args.encode_batch, args.workers, seed=args.seed)
     needed = {"inpaint": "known", "hint": "hint"}.get(args.task)
     if needed is not None and needed not in cache.keys():
         raise ValueError(f"{path} is of another task: it has no {needed}; choose another --out, or delete it")

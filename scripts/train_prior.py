@@ -81,7 +81,8 @@ def encode_data(args) -> list:
     for name, (samples, count) in sets.items():
         count = min(count, len(samples)) if args.data is not None else count
         path = folder / f"embeddings-{name}.safetensors"
-        caches.append(build_cache(samples, count, path, encode, args.encode_batch, args.workers))
+        given = samples, count, path, encode, args.encode_batch, args.workers
+        caches.append(build_cache(*given, seed=args.seed))
     return caches
 
 

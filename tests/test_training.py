@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from argparse import ArgumentParser
 from pathlib import Path
 from random import Random
 
@@ -21,7 +22,17 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from kandinsky import MoVQ, Prior, UNet, decoder_training, embedding_cache, images, prior_training, shapes
+from kandinsky import (
+    MoVQ,
+    Prior,
+    UNet,
+    decoder_training,
+    embedding_cache,
+    images,
+    prior_training,
+    shapes,
+    training_cli,
+)
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
@@ -351,6 +362,25 @@ def test_packed_captions_come_back_padded_and_in_a_new_order_each_round():
         start, end = ends[source] - int(cache["text_lengths"][source]), ends[source]
         assert torch.equal(rows["text_states"][row][rows["text_mask"][row]], cache["text_states"][start:end])
         assert torch.equal(rows["image_embeds"][row], cache["image_embeds"][source])
+
+
+def test_another_seed_is_another_order(tmp_path):
+    folder = write_folder(tmp_path / "pictures", 8)
+    args = ["--out", "no", "--data", str(folder), "--size", "8", "--seed"]
+    orders = []
+    for seed in ("0", "0", "1", "2"):
+        parser = ArgumentParser()
+        training_cli.add_training_flags(parser)
+        data = training_cli.data_of(parser.parse_args([*args, seed]))
+        cache = small_cache(8)
+        cache.seed = int(seed)
+        orders.append(
+            (data.load(range(8)).captions, cache.rows(range(8), "image_embeds")["image_embeds"].tolist())
+        )
+    for a, b, c, d in zip(*orders):
+        assert a == b != c != d != a and sorted(a) == sorted(c) == sorted(d)
+    today = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    assert orders[0][1] == small_cache(8)["image_embeds"][today].tolist()
 
 
 def test_samples_made_by_other_processes_in_other_batches_are_encoded_alike(tmp_path):
