@@ -41,6 +41,9 @@ class Dataset(Protocol):
 
     def load(self, indices: list[int]) -> Samples: ...
 
+    def captions(self, indices: list[int]) -> list[str]:
+        """Of the same samples, without their pictures."""
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -55,11 +58,20 @@ class Shapes:
     def __post_init__(self) -> None:
         shapes.check_object_weights(self.object_weights)
 
-    def load(self, indices: list[int]) -> Samples:
+    def _scenes(self, indices: list[int]) -> list[Scene]:
         given = self.split, self.object_weights
-        scenes = [shapes.random_scene(self.seed, index, *given) for index in indices]
+        return [shapes.random_scene(self.seed, index, *given) for index in indices]
+
+    def _captions(self, indices: list[int], scenes: list[Scene]) -> list[str]:
         draws = (Random(f"{self.seed} {index} {self.split} caption") for index in indices)
-        captions = [caption(scene, draw) for scene, draw in zip(scenes, draws)]
+        return [caption(scene, draw) for scene, draw in zip(scenes, draws)]
+
+    def captions(self, indices: list[int]) -> list[str]:
+        return self._captions(indices, self._scenes(indices))
+
+    def load(self, indices: list[int]) -> Samples:
+        scenes = self._scenes(indices)
+        captions = self._captions(indices, scenes)
         pixels = torch.stack([shapes.as_pixels(shapes.render(scene, self.size)) for scene in scenes])
         if not self.hints:
             return Samples(pixels, captions, scenes)
@@ -91,8 +103,14 @@ class Folder:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def _chosen(self, indices: list[int]) -> list[tuple[Path, str, Path | None]]:
+        return [self.samples[shuffled(index, len(self.samples), self.seed)] for index in indices]
+
+    def captions(self, indices: list[int]) -> list[str]:
+        return [text for _, text, _ in self._chosen(indices)]
+
     def load(self, indices: list[int]) -> Samples:
-        chosen = [self.samples[shuffled(index, len(self.samples), self.seed)] for index in indices]
+        chosen = self._chosen(indices)
         pixels = torch.stack([read_picture(path, self.size) for path, _, _ in chosen])
         hints = None
         if self.hints:

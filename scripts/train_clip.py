@@ -52,7 +52,7 @@ def make_tokenizer(args, data) -> PromptTokenizer:
         copy_folder(args.init / "tokenizer", folder)
     elif not (folder / "vocab.json").exists():
         count = CAPTIONS if args.data is None else len(data)
-        write_tokenizer(data.load(list(range(count))).captions, folder)
+        write_tokenizer(data.captions(list(range(count))), folder)
     return PromptTokenizer.from_pretrained(folder)
 
 

@@ -26,6 +26,7 @@ from kandinsky import (
     MoVQ,
     Prior,
     UNet,
+    datasets,
     decoder_training,
     embedding_cache,
     images,
@@ -633,6 +634,14 @@ def test_a_text_beside_a_picture_that_cannot_be_read_is_left_out_by_name(tmp_pat
     data, shown = Folder(tmp_path, 8), capsys.readouterr().err
     assert data.load([0]).captions == ["a cat"] and len(data) == 1
     assert "bad.txt cannot be read" in shown and "folder.txt cannot be read" in shown
+
+
+def test_captions_are_those_of_the_samples_and_need_no_picture(tmp_path, monkeypatch):
+    sets = Folder(write_folder(tmp_path / "pictures", 5), 8, seed=3), Shapes(2, 8, "held_out")
+    loaded = [data.load(list(range(7))).captions for data in sets]
+    for room, name in ((datasets, "read_picture"), (shapes, "render")):
+        monkeypatch.setattr(room, name, lambda *_: 1 / 0)
+    assert [data.captions(list(range(7))) for data in sets] == loaded
 
 
 def test_folder_reads_captions_beside_pictures_and_crops_the_middle(tmp_path, capsys):
