@@ -137,10 +137,10 @@ def data_of(args: Namespace, hints: bool = False) -> Dataset:
     return Folder(args.data, args.size, hints, args.seed)
 
 
-def fresh_data_of(args: Namespace) -> dict[str, Dataset]:
-    """What measurements are made on: shapes never trained on, or the folder's own pictures."""
+def fresh_data_of(args: Namespace, data: Dataset) -> dict[str, Dataset]:
+    """What measurements are made on: shapes never trained on, or the folder's own pictures, `data`."""
     if args.data is not None:
-        return {"own": data_of(args)}
+        return {"own": data}
     other = args.seed + 1
     return {"seen": Shapes(other, args.size), "held_out": Shapes(other, args.size, "held_out")}
 

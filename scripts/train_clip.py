@@ -74,7 +74,8 @@ def make_towers(args, vocab_size: int) -> tuple[CLIPImageEncoder, CLIPTextEncode
 
 
 def make_objective(args):
-    data, fresh = training_cli.data_of(args), training_cli.fresh_data_of(args)
+    data = training_cli.data_of(args)
+    fresh = training_cli.fresh_data_of(args, data)
     tokenizer = make_tokenizer(args, data)
     image_encoder, text_encoder = make_towers(args, len(tokenizer))
     scene = args.scene_weight if args.data is None else 0.0

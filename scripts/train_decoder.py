@@ -19,7 +19,7 @@ from torch import Tensor
 from kandinsky import Kandinsky, MoVQ, UNet, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import UNetConfig
-from kandinsky.datasets import Samples, with_holes
+from kandinsky.datasets import Dataset, Samples, with_holes
 from kandinsky.decoder_training import DecoderObjective, Painter, widen
 from kandinsky.embedding_cache import Cache, build_cache, encode_decoder_texts
 from kandinsky.encoders import MultilingualCLIP
@@ -83,7 +83,7 @@ def known_latents(movq: MoVQ, samples: Samples) -> Tensor:
     return torch.cat([kept * movq.encode(samples.before.to(movq.device)), kept], dim=1)
 
 
-def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
+def encode_data(args, data: Dataset, image_encoder, movq: MoVQ) -> Cache:
     device, texts, drawn, rng = movq.device, None, None, Random(args.seed)
     if reads_text(args):
         text_encoder = MultilingualCLIP.from_pretrained(args.init / "text_encoder", device=device)
@@ -112,7 +112,6 @@ def encode_data(args, image_encoder, movq: MoVQ) -> Cache:
         pipe = Kandinsky.from_pretrained(args.init, args.prior, device)
         drawn = partial(draw_embeds, pipe, count(args.seed))
 
-    data = training_cli.data_of(args, hints=args.task == "hint")
     rounds = HOLES if args.task == "inpaint" else 1
     number = args.count if args.data is None else rounds * len(data)
     path = args.out / "training" / "latents.safetensors"
@@ -169,12 +168,13 @@ def make_objective(args, scheduler: NoiseScheduler) -> DecoderObjective:
         load_image_encoder(args.clip).to(device),
         MoVQ.from_pretrained(args.movq / "movq", device=device),
     )
-    cache = encode_data(args, image_encoder, movq)
+    data = training_cli.data_of(args, hints=args.task == "hint")
+    cache = encode_data(args, data, image_encoder, movq)
     unet = make_unet(args, cache["image_embeds"].shape[1], movq.config.downscale)
     training_cli.with_lora(unet, args)
     painter = None
     if args.task == "text2img" and not unet.config.text:
-        samples = next(iter(training_cli.fresh_data_of(args).values())).load(list(range(48)))
+        samples = next(iter(training_cli.fresh_data_of(args, data).values())).load(list(range(48)))
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
         painter = Painter(movq, samples, image_encoder(pixels))
     return DecoderObjective(

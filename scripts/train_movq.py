@@ -46,8 +46,8 @@ def main(argv=None) -> int:
     if args.crop is not None and (args.crop > args.size or args.crop % movq.config.downscale):
         least = movq.config.downscale
         raise ValueError(f"--crop is {args.crop}; allowed are multiples of {least} up to --size, {args.size}")
-    fresh = next(iter(training_cli.fresh_data_of(args).values()))
     data = training_cli.data_of(args)
+    fresh = next(iter(training_cli.fresh_data_of(args, data).values()))
     settings = {"adversarial": args.adversarial, "crop": args.crop, "frozen_encoder": args.freeze_encoder}
     settings |= {"latent_noise": args.latent_noise, "dtype": getattr(torch, args.save_dtype)}
     objective = MoVQObjective(movq, data, fresh, **settings)

@@ -11,7 +11,8 @@ import torch
 from kandinsky import Prior, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import PriorConfig
-from kandinsky.embedding_cache import build_cache, encode_texts
+from kandinsky.datasets import Dataset
+from kandinsky.embedding_cache import Cache, build_cache, encode_texts
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.prior import Block
 from kandinsky.prior_training import PriorObjective, deepen
@@ -60,8 +61,8 @@ def parse_args(argv=None):
 
 
 @torch.no_grad()
-def encode_data(args) -> list:
-    """The caches of training and of fresh samples."""
+def encode_data(args) -> list[Cache]:
+    """The caches of training and of fresh samples; a folder's own are both."""
     device = training_cli.encoding_device(args)
     image_encoder = load_image_encoder(args.clip).to(device)
     text_encoder = CLIPTextEncoder.from_pretrained(args.clip / "text_encoder", device=device)
@@ -74,16 +75,15 @@ def encode_data(args) -> list:
             image_embeds = image_encoder(pixels)
         return {"image_embeds": image_embeds, **texts}
 
-    data, fresh = training_cli.data_of(args), next(iter(training_cli.fresh_data_of(args).values()))
-    sets = {"train": (data, args.count), "fresh": (fresh, 512)}
-    folder = args.out / "training"
-    caches = []
-    for name, (samples, count) in sets.items():
-        count = min(count, len(samples)) if args.data is not None else count
-        path = folder / f"embeddings-{name}.safetensors"
-        given = samples, count, path, encode, args.encode_batch, args.workers
-        caches.append(build_cache(*given, seed=args.seed))
-    return caches
+    def cache(name: str, samples: Dataset, count: int) -> Cache:
+        path = args.out / "training" / f"embeddings-{name}.safetensors"
+        return build_cache(samples, count, path, encode, args.encode_batch, args.workers, seed=args.seed)
+
+    data = training_cli.data_of(args)
+    if args.data is not None:
+        return [cache("train", data, min(args.count, len(data)))] * 2
+    fresh = next(iter(training_cli.fresh_data_of(args, data).values()))
+    return [cache("train", data, args.count), cache("fresh", fresh, 512)]
 
 
 @cli.one_line_errors

@@ -145,6 +145,21 @@ def test_a_scheduler_that_is_not_known_is_refused_before_anything_is_written(
     assert "_class_name is" in capsys.readouterr().err and not out.exists()
 
 
+def test_a_folder_is_scanned_and_encoded_once(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained / "pictures", tmp_path / "pictures")
+    (folder / "0.png").write_bytes(b"")
+    data, clip = ["--data", folder, "--size", "16", *SHORT], ["--clip", trained / "clip"]
+    for script, places in (
+        ("train_movq", ["--channels", "32", "32", "--codes", "20"]),
+        ("train_clip", TOWERS),
+        ("train_prior", [*clip, *PRIOR]),
+        ("train_decoder", [*clip, "--movq", trained / "movq", *DECODER]),
+    ):
+        assert run(script, "--out", tmp_path / script, *places, *data) == 0
+        assert capsys.readouterr().err.count("0.png cannot be read") == 1, script
+    assert not (tmp_path / "train_prior" / "training" / "embeddings-fresh.safetensors").exists()
+
+
 def test_a_finished_run_changes_nothing_when_started_again(trained):
     weights = trained / "mini-prior" / "prior" / "diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
