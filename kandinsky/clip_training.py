@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from kandinsky.checkpoint import Pretrained
 from kandinsky.config import CLIPImageConfig, CLIPTextConfig
+from kandinsky.datasets import first
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, Encoder
 from kandinsky.images import CLIP_MEAN, CLIP_STD, to_unit_range
 from kandinsky.judge import hard_negative, shows
@@ -257,7 +258,7 @@ class CLIPObjective(Objective):
         rows, measured = [], {}
         size = self.image_encoder.config.image_size
         for name, data in self.fresh.items():
-            samples = data.load(list(range(128)))
+            samples = first(data, 128)
             pixels = samples.pixels.to(draws.device)
             image_embeds = self.image_encoder(clip_normalize(pixels, size))
             measured[f"{name} std"] = image_embeds.std().item()
@@ -308,7 +309,7 @@ class TowerObjective(Objective):
     def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
         measured = {}
         for name, data in self.fresh.items():
-            pixels = data.load(list(range(128))).pixels.to(draws.device)
+            pixels = first(data, 128).pixels.to(draws.device)
             pixels = clip_normalize(pixels, self.image_encoder.config.image_size)
             error = F.mse_loss(self.image_encoder(pixels), self.teacher(pixels))
             measured[f"{name} error"] = error.item()

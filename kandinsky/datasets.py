@@ -45,6 +45,11 @@ class Dataset(Protocol):
         """Of the same samples, without their pictures."""
 
 
+def first(data: Dataset, most: int) -> Samples:
+    """So many of the first samples, of a finite data set each once."""
+    return data.load(list(range(min(most, len(data) if hasattr(data, "__len__") else most))))
+
+
 @dataclass(frozen=True)
 class Shapes:
     """`kandinsky.shapes` as a data set without end."""

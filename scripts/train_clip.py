@@ -4,6 +4,7 @@ Stages: `both` trains the towers together. Where time is short, a convolutional 
 first; then `text` fits the text tower to them, and `image` the image tower.
 """
 
+import os
 import sys
 
 from kandinsky import CLIPImageEncoder, CLIPTextEncoder, cli, training_cli
@@ -73,8 +74,17 @@ def make_towers(args, vocab_size: int) -> tuple[CLIPImageEncoder, CLIPTextEncode
     return tuple(towers)
 
 
+def check_batch(size: int, count: int) -> None:
+    """Of a folder with so many pictures. A picture that is twice in a batch would be its own negative."""
+    most = count // int(os.environ.get("WORLD_SIZE", 1))  # contrast is over all processes' batches
+    if size > most:
+        raise ValueError(f"--batch-size is {size}; contrast on these {count} pictures allows 1 to {most}")
+
+
 def make_objective(args):
     data = training_cli.data_of(args)
+    if args.data is not None and args.stage in ("both", "text"):
+        check_batch(args.batch_size, len(data))
     fresh = training_cli.fresh_data_of(args, data)
     tokenizer = make_tokenizer(args, data)
     image_encoder, text_encoder = make_towers(args, len(tokenizer))

@@ -14,6 +14,7 @@ from PIL import Image
 
 import kandinsky
 from kandinsky import Kandinsky, cli
+from tests.test_training import write_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 QUICK = ["--steps", "2", "--prior-steps", "2", "--height", "16", "--width", "24", "--seed", "7"]
@@ -237,6 +238,14 @@ def test_using_the_pipeline_imports_neither_transformers_nor_diffusers(decoder_f
     )
     command = [sys.executable, "-c", code, str(decoder_folder)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("stage", ["both", "text"])
+def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
+    given = ["--data", write_folder(tmp_path / "pictures", 3), "--out", tmp_path / "no", "--size", "8"]
+    assert run("train_clip", "--stage", stage, *given, "--batch-size", "4") == 2
+    assert "--batch-size is 4; contrast on these 3 pictures allows 1 to 3" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ from tests.small import (
     reference_text_encoder,
     reference_unet,
 )
-from tests.training_worker import movq_objective
+from tests.training_worker import clip_objective, movq_objective
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -634,6 +634,15 @@ def test_a_text_beside_a_picture_that_cannot_be_read_is_left_out_by_name(tmp_pat
     data, shown = Folder(tmp_path, 8), capsys.readouterr().err
     assert data.load([0]).captions == ["a cat"] and len(data) == 1
     assert "bad.txt cannot be read" in shown and "folder.txt cannot be read" in shown
+
+
+def test_a_small_folder_is_measured_each_picture_once(tmp_path):
+    data = Folder(write_folder(tmp_path / "pictures", 5), 32)
+    write_tokenizer(data.captions(range(5)), tmp_path / "tokenizer")
+    objective = clip_objective(tmp_path / "tokenizer")
+    objective.fresh = {"own": data}
+    objective.heads.pop("scene")
+    assert "own nearest of 5" in objective.sample(Draws("0", slice(None), 64))[1]
 
 
 def test_captions_are_those_of_the_samples_and_need_no_picture(tmp_path, monkeypatch):
