@@ -353,6 +353,15 @@ def test_normalised_embeddings_have_mean_zero_and_variance_one():
     torch.testing.assert_close(prior.denormalize(x), cache["image_embeds"])
 
 
+@pytest.mark.filterwarnings("ignore:std")
+def test_one_picture_can_be_normalised():
+    cache = small_cache(1)
+    objective = PriorObjective(ours(Prior, reference_prior()), UnCLIPScheduler(), cache, cache)
+    objective.normalize_by(cache)
+    assert torch.equal(objective.prior.clip_mean, cache["image_embeds"])
+    assert objective.loss(objective.batch([0, 1]), Draws("0", slice(None), 2))[0].isfinite()
+
+
 def test_packed_captions_come_back_padded_and_in_a_new_order_each_round():
     cache = small_cache()
     rows = cache.rows(list(range(12)), "image_embeds", "text")
