@@ -61,7 +61,7 @@ def write_tokenizer(captions: Iterable[str], folder: Path, most: int = 1000) -> 
 def write_vocabulary(
     merges: Iterable[tuple[str, str]], folder: Path, size: int | None = None, pad: str = END
 ) -> int:
-    """Writes the tokenizer's folder -> the size of its vocabulary
+    """Writes the tokenizer's folder, `vocab.json` last -> the size of its vocabulary
 
     size: of a larger one, in which the ids between the merges and the two specials stand for nothing. A
         ValueError where it is too small.
@@ -76,10 +76,10 @@ def write_vocabulary(
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     settings = {**special, "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
     settings |= {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
-    write_json(vocabulary, folder / "vocab.json")
     with atomic_file(folder / "merges.txt") as temporary:
         lines = ["#version: 0.2", *map(" ".join, merges)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_json(special, folder / "special_tokens_map.json")
     write_json(settings, folder / "tokenizer_config.json")
+    write_json(vocabulary, folder / "vocab.json")
     return size

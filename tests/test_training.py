@@ -33,6 +33,7 @@ from kandinsky import (
     prior_training,
     shapes,
     training_cli,
+    vocabulary,
 )
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
@@ -740,6 +741,13 @@ def test_tokenizer_ends_prompts_with_the_largest_id(tmp_path):
         assert ids[0] == size - 2 and ids.index(max(ids)) == len(ids) - 1
         assert tokenizer.decode(ids[1:-1]).replace(" ", "") == text.lower().replace(" ", "")
     assert len(tokenizer("a red circle above a small blue square")["input_ids"]) == 10
+
+
+def test_a_tokenizer_that_was_half_written_has_no_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "atomic_file", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_tokenizer(["a red circle"], tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
 
 
 def test_scene_labels_and_recolouring_agree_with_the_scene():
