@@ -47,14 +47,20 @@ def parse_args(argv=None):
         "--clip", type=Path, help="folder that the decoder's embeddings came from; default: the prior's"
     )
     parser.add_argument(
-        "--seen", type=int, default=300, help="captions of colour-shape pairs seen in training"
+        "--seen", type=cli.whole(1), default=300, help="captions of colour-shape pairs seen in training"
     )
-    parser.add_argument("--held-out", type=int, default=100, help="captions with a pair never trained on")
-    parser.add_argument("--true", type=int, default=100, help="of each, drawn from true embeddings too")
-    parser.add_argument("--pictures", type=int, default=256, help="that MoVQ and prior are measured on")
-    parser.add_argument("--cases", type=int, default=200, help="of inpaint and hint")
-    parser.add_argument("--batch-size", type=int, default=50, help="pictures drawn at once")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument(
+        "--held-out", type=cli.whole(1), default=100, help="captions with a pair never trained on"
+    )
+    parser.add_argument(
+        "--true", type=cli.whole(0), default=100, help="of each, drawn from true embeddings too"
+    )
+    parser.add_argument(
+        "--pictures", type=cli.whole(1), default=256, help="that MoVQ and prior are measured on"
+    )
+    parser.add_argument("--cases", type=cli.whole(1), default=200, help="of inpaint and hint")
+    parser.add_argument("--batch-size", type=cli.whole(1), default=50, help="pictures drawn at once")
+    parser.add_argument("--seed", type=cli.whole(0), default=0, help="of the noise")
     cli.add_sampler_flags(parser)
     cli.add_approximate_flags(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")

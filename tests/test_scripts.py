@@ -240,6 +240,12 @@ def test_using_the_pipeline_imports_neither_transformers_nor_diffusers(decoder_f
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+@pytest.mark.parametrize("flag", ["--seen", "--held-out", "--pictures", "--cases", "--batch-size"])
+def test_nothing_can_be_measured_on_no_pictures(capsys, flag):
+    assert run("evaluate_mini", flag, "0") == 2
+    assert f"argument {flag}: value is 0; allowed is 1 and more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", ["both", "text"])
 def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
     given = ["--data", write_folder(tmp_path / "pictures", 3), "--out", tmp_path / "no", "--size", "8"]
