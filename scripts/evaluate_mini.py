@@ -147,7 +147,8 @@ def evaluate_text(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
         if args.true:
             first = data.load(list(range(min(count, args.true))))
             with torch.no_grad():
-                embeds = image_encoder(clip_normalize(first.pixels.to(pipe.device), size))
+                pixels = clip_normalize(first.pixels.to(pipe.device), image_encoder.config.image_size)
+                embeds = image_encoder(pixels)
             drawn = draw(from_embeds(pipe), len(embeds), args, image_embeds=embeds)
             results[f"{name}, from true embeddings"] = score(drawn, first)
     results["parts"] = measure_parts(pipe, image_encoder, Shapes(SEED, size).load(list(range(args.pictures))))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import kandinsky
-from kandinsky import Kandinsky, cli
+from kandinsky import CLIPImageEncoder, Kandinsky, cli
 from tests.test_training import write_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -244,6 +244,15 @@ def test_using_the_pipeline_imports_neither_transformers_nor_diffusers(decoder_f
 def test_nothing_can_be_measured_on_no_pictures(capsys, flag):
     assert run("evaluate_mini", flag, "0") == 2
     assert f"argument {flag}: value is 0; allowed is 1 and more" in capsys.readouterr().err
+
+
+def test_true_embeddings_are_made_at_the_towers_own_size(decoder_folder, tmp_path):
+    pipe = Kandinsky.from_pretrained(decoder_folder)
+    tower = CLIPImageEncoder.read_config(pipe.need_prior() / "image_encoder")
+    size = pipe.unet_config.sample_size * pipe.movq_config.downscale
+    assert tower.image_size != size
+    few = [f"--{name}=1" for name in ("seen", "held-out", "true", "batch-size", "steps")]
+    assert run("evaluate_mini", "--weights", decoder_folder, *few, "--pictures", "2") == 0
 
 
 @pytest.mark.parametrize("stage", ["both", "text"])
