@@ -68,14 +68,14 @@ def add_cache_flags(parser: ArgumentParser) -> None:
     )
 
 
-def encoding_device(args: Namespace) -> torch.device:
-    """Where this process encodes: under torchrun each has a GPU of its own."""
+def device_of(args: Namespace) -> torch.device:
+    """Where this process computes: under torchrun each has a GPU of its own."""
     return arguments.device(own_device(args.device))
 
 
-def check_cache_flags(args: Namespace) -> None:
-    """Before anything is written."""
-    encoding_device(args)
+def check_training_flags(args: Namespace) -> None:
+    """Before anything is read or written."""
+    device_of(args)
     shapes_of(args)
 
 

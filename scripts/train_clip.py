@@ -105,6 +105,7 @@ def make_objective(args):
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    training_cli.check_training_flags(args)
     for name, value in (("--dim", args.dim), ("--image-width", args.image_width)):
         if value % args.head_dim:
             raise ValueError(f"{name} is {value}; it must divide into heads of --head-dim, {args.head_dim}")

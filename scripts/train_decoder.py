@@ -129,7 +129,7 @@ def is_for(config: UNetConfig, task: str) -> bool:
 def check_task(args) -> None:
     """Before any picture is encoded."""
     training_cli.check_lora_flag(args)
-    training_cli.check_cache_flags(args)
+    training_cli.check_training_flags(args)
     if args.task != "text2img" and args.init is None:
         raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
     if args.prior is not None and args.init is None:
@@ -163,7 +163,7 @@ def make_unet(args, embedding_dim: int, f: int) -> UNet:
 
 @torch.no_grad()
 def make_objective(args, scheduler: NoiseScheduler) -> DecoderObjective:
-    device = training_cli.encoding_device(args)
+    device = training_cli.device_of(args)
     image_encoder, movq = (
         load_image_encoder(args.clip).to(device),
         MoVQ.from_pretrained(args.movq / "movq", device=device),

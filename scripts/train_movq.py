@@ -34,6 +34,7 @@ def parse_args(argv=None):
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    training_cli.check_training_flags(args)
     if args.init is not None:
         movq = MoVQ.from_pretrained(args.init / "movq")
     else:

@@ -63,7 +63,7 @@ def parse_args(argv=None):
 @torch.no_grad()
 def encode_data(args) -> list[Cache]:
     """The caches of training and of fresh samples; a folder's own are both."""
-    device = training_cli.encoding_device(args)
+    device = training_cli.device_of(args)
     image_encoder = load_image_encoder(args.clip).to(device)
     text_encoder = CLIPTextEncoder.from_pretrained(args.clip / "text_encoder", device=device)
     tokenizer = PromptTokenizer.from_pretrained(args.clip / "tokenizer")
@@ -90,7 +90,7 @@ def encode_data(args) -> list[Cache]:
 def main(argv=None) -> int:
     args = parse_args(argv)
     training_cli.check_lora_flag(args)
-    training_cli.check_cache_flags(args)
+    training_cli.check_training_flags(args)
     if args.add_layers and (args.init is None or args.lora is not None):
         raise ValueError("--add-layers adds to --init's prior, and goes without --lora")
     if args.lora is not None and args.train_text:
