@@ -20,6 +20,7 @@ from kandinsky.training import Draws, Objective, initialize, save_as
 
 COMMITMENT = 0.25  # arXiv:1711.00937, eq. 3
 SQUARE = 8  # side in pixels of the squares that a spot is looked for in
+LEAST_SIDE = 8  # in pixels, of what the discriminator reads
 
 
 class Discriminator(nn.Module):

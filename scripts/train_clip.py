@@ -111,6 +111,10 @@ def main(argv=None) -> int:
             raise ValueError(f"{name} is {value}; it must divide into heads of --head-dim, {args.head_dim}")
     if args.size % args.patch:
         raise ValueError(f"--size is {args.size}; it must divide into patches of --patch, {args.patch}")
+    with_scenes = args.scene_weight > 0 and args.data is None
+    if args.stage == "teacher" and not args.picture_weight and not with_scenes:
+        what = "--stage teacher learns from --picture-weight, and of shapes from --scene-weight"
+        raise ValueError(f"{what}; none of them is above 0")
     objective = make_objective(args)
     training_cli.train(objective, args, EncoderLayer, name=f"training-{args.stage}")
     return 0

@@ -7,7 +7,7 @@ import torch
 from kandinsky import MoVQ, cli, training_cli
 from kandinsky.config import MoVQConfig
 from kandinsky.movq import AttentionBlock, ResnetBlock
-from kandinsky.movq_training import MoVQObjective
+from kandinsky.movq_training import LEAST_SIDE, MoVQObjective
 from kandinsky.training import initialize
 
 
@@ -47,6 +47,9 @@ def main(argv=None) -> int:
     if args.crop is not None and (args.crop > args.size or args.crop % movq.config.downscale):
         least = movq.config.downscale
         raise ValueError(f"--crop is {args.crop}; allowed are multiples of {least} up to --size, {args.size}")
+    if args.adversarial and (args.crop or args.size) < LEAST_SIDE:
+        seen = f"--size is {args.size}" if args.crop is None else f"--crop is {args.crop}"
+        raise ValueError(f"{seen}; the discriminator of --adversarial needs {LEAST_SIDE} pixels and more")
     data = training_cli.data_of(args)
     fresh = next(iter(training_cli.fresh_data_of(args, data).values()))
     settings = {"adversarial": args.adversarial, "crop": args.crop, "frozen_encoder": args.freeze_encoder}

@@ -303,6 +303,17 @@ def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
         ("train_movq", ["--device", "cuda:77"], "device 'cuda:77' cannot be used here"),
         ("train_clip", ["--device", "nowhere"], "device 'nowhere' cannot be used here"),
         ("train_movq", ["--object-weights", "0", "0", "0"], "object_weights are (0.0, 0.0, 0.0)"),
+        (
+            "train_movq",
+            ["--adversarial", "0.1", "--crop", "4"],
+            "--crop is 4; the discriminator of --adversarial needs 8 pixels",
+        ),
+        ("train_movq", ["--adversarial", "0.1", "--size", "4"], "--size is 4; the discriminator of"),
+        (
+            "train_clip",
+            ["--stage", "teacher", "--picture-weight", "0", "--scene-weight", "0"],
+            "none of them is above 0",
+        ),
         ("train_clip", ["--head-dim", "7"], "--dim is 160; it must divide into heads of --head-dim, 7"),
         ("train_clip", ["--patch", "64", "--size", "32"], "--size is 32; it must divide into patches of"),
     ],
