@@ -126,6 +126,26 @@ def is_for(config: UNetConfig, task: str) -> bool:
     return (config.in_channels, config.hint) == ENTRANCES[task]
 
 
+def unet_config(args, embedding_dim: int, f: int) -> UNetConfig:
+    """Of the U-Net that is trained: --init's with the task's entrance, or as the flags say."""
+    if args.init is not None:
+        in_channels, hint = ENTRANCES[args.task]
+        return replace(UNet.read_config(args.init / "unet"), in_channels=in_channels, hint=hint)
+    sizes = (tuple(args.channels), args.layers, args.head_dim, args.context_dim, embedding_dim, args.groups)
+    return UNetConfig(4, 8, *sizes, sample_size=args.size // f)
+
+
+def check_sizes(args) -> None:
+    """What the networks can be built of, and what passes through them."""
+    if args.init is None and (args.channels[0] % 2 or any(c % args.groups for c in args.channels)):
+        given = f"--channels are {', '.join(map(str, args.channels))}"
+        raise ValueError(f"{given}; multiples of --groups, {args.groups}, are needed, the first one even")
+    f = MoVQ.read_config(args.movq / "movq").downscale
+    multiple = f * 2 ** (len(unet_config(args, 1, f).block_out_channels) - 1)
+    if args.size % multiple:
+        raise ValueError(f"--size is {args.size}; this MoVQ and U-Net need a multiple of {multiple}")
+
+
 def check_task(args) -> None:
     """Before any picture is encoded."""
     training_cli.check_lora_flag(args)
@@ -139,6 +159,7 @@ def check_task(args) -> None:
     if args.lora is not None and not is_for(UNet.read_config(args.init / "unet"), args.task):
         what = f"--lora with --task {args.task} needs an --init of that task"
         raise ValueError(f"{what}, which {args.init} is not; train one first, without --lora")
+    check_sizes(args)
 
 
 def make_scheduler(args) -> NoiseScheduler:
@@ -154,11 +175,8 @@ def make_unet(args, embedding_dim: int, f: int) -> UNet:
         known = UNet.from_pretrained(args.init / "unet", dtype=training_cli.lora_dtype(args))
         if is_for(known.config, args.task):
             return known
-        in_channels, hint = ENTRANCES[args.task]
-        config = replace(known.config, in_channels=in_channels, hint=hint)
-        return widen(known, initialize(UNet(config), args.seed, ZERO))
-    sizes = (tuple(args.channels), args.layers, args.head_dim, args.context_dim, embedding_dim, args.groups)
-    return initialize(UNet(UNetConfig(4, 8, *sizes, sample_size=args.size // f)), args.seed, ZERO)
+        return widen(known, initialize(UNet(unet_config(args, embedding_dim, f)), args.seed, ZERO))
+    return initialize(UNet(unet_config(args, embedding_dim, f)), args.seed, ZERO)
 
 
 @torch.no_grad()

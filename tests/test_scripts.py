@@ -255,6 +255,26 @@ def test_true_embeddings_are_made_at_the_towers_own_size(decoder_folder, tmp_pat
     assert run("evaluate_mini", "--weights", decoder_folder, *few, "--pictures", "2") == 0
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--size", "24"], "--size is 24; this MoVQ and U-Net need a multiple of 16"),
+        (["--size", "24", "--init", "DECODER"], "--size is 24; this MoVQ and U-Net need a multiple of 16"),
+        (["--channels", "33", "48", "--groups", "1"], "--channels are 33, 48; multiples of --groups, 1"),
+        (["--channels", "32", "48", "--groups", "32"], "multiples of --groups, 32, are needed, the first"),
+        (["--channels", "32", "40"], "40 channels do not divide into heads of 16"),
+    ],
+)
+def test_a_decoders_sizes_are_checked_before_anything_is_written(
+    decoder_folder, tmp_path, capsys, flags, message
+):
+    flags = [str(decoder_folder) if flag == "DECODER" else flag for flag in flags]
+    sizes = ["--size", "32", "--groups", "8", *flags]
+    places = ["--clip", decoder_folder, "--movq", decoder_folder, "--out", tmp_path / "no"]
+    assert run("train_decoder", *places, *sizes) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("stage", ["both", "text"])
 def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
     given = ["--data", write_folder(tmp_path / "pictures", 3), "--out", tmp_path / "no", "--size", "8"]
