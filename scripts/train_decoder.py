@@ -159,6 +159,10 @@ def check_task(args) -> None:
     if args.lora is not None and not is_for(UNet.read_config(args.init / "unet"), args.task):
         what = f"--lora with --task {args.task} needs an --init of that task"
         raise ValueError(f"{what}, which {args.init} is not; train one first, without --lora")
+    same = args.init is not None and args.out.resolve() == args.init.resolve()
+    if same and not is_for(UNet.read_config(args.init / "unet"), args.task):
+        what = f"--out {args.out} is --init, whose U-Net is of another task"
+        raise ValueError(f"{what} and would be written over; choose another --out")
     check_sizes(args)
 
 

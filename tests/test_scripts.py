@@ -275,6 +275,18 @@ def test_a_decoders_sizes_are_checked_before_anything_is_written(
     assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+def test_a_network_that_changes_its_shape_is_not_written_over(decoder_folder, capsys):
+    prior = decoder_folder.parent / "kandinsky-2-2-prior"
+    before = {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
+    places = ["--clip", prior, "--init", prior, "--out", prior / "prior" / ".."]
+    assert run("train_prior", *places, "--add-layers", "1") == 2
+    assert "is --init, whose prior --add-layers would write over" in capsys.readouterr().err
+    places = ["--clip", prior, "--movq", decoder_folder, "--init", decoder_folder, "--out", decoder_folder]
+    assert run("train_decoder", *places, "--task", "inpaint") == 2
+    assert "is --init, whose U-Net is of another task and would be" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
+
+
 @pytest.mark.parametrize("stage", ["both", "text"])
 def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
     given = ["--data", write_folder(tmp_path / "pictures", 3), "--out", tmp_path / "no", "--size", "8"]
