@@ -23,6 +23,12 @@ from kandinsky.training import initialize
 from kandinsky.vocabulary import write_tokenizer
 
 CAPTIONS = 3000  # that an endless data set's tokenizer is made from
+STARTS = {  # what of --init each stage goes on with
+    "both": ("image_encoder", "text_encoder", "tokenizer"),
+    "teacher": ("teacher",),
+    "text": ("text_encoder", "tokenizer"),
+    "image": ("image_encoder",),
+}
 
 
 def parse_args(argv=None):
@@ -49,7 +55,7 @@ def parse_args(argv=None):
 
 def make_tokenizer(args, data) -> PromptTokenizer:
     folder = args.out / "tokenizer"
-    if args.init is not None:
+    if args.init is not None and ((args.init / "tokenizer").is_dir() or "tokenizer" in STARTS[args.stage]):
         copy_folder(args.init / "tokenizer", folder)
     elif not (folder / "vocab.json").exists():
         count = CAPTIONS if args.data is None else len(data)
@@ -69,9 +75,21 @@ def make_towers(args, vocab_size: int) -> tuple[CLIPImageEncoder, CLIPTextEncode
         ("text_encoder", CLIPTextEncoder, text),
     ):
         folder = (args.init or args.out) / name
-        known = args.init is not None or folder.is_dir()
+        known = folder.is_dir() or (args.init is not None and name in STARTS[args.stage])
         towers.append(network.from_pretrained(folder) if known else initialize(network(config), args.seed))
     return tuple(towers)
+
+
+def earlier_encoder(args) -> ConvEncoder | CLIPImageEncoder:
+    """Whose embeddings are learnt: of a teacher in --out, else of --init, else of --out."""
+    own = args.init is None or (args.out / "teacher").is_dir()
+    return load_image_encoder(args.out if own else args.init)
+
+
+def make_teacher(args, config: CLIPImageConfig) -> ConvEncoder:
+    if args.init is not None:
+        return ConvEncoder.from_pretrained(args.init / "teacher")
+    return initialize(ConvEncoder(config), args.seed)
 
 
 def check_batch(size: int, count: int) -> None:
@@ -90,12 +108,12 @@ def make_objective(args):
     image_encoder, text_encoder = make_towers(args, len(tokenizer))
     scene = args.scene_weight if args.data is None else 0.0
     if args.stage == "image":
-        return TowerObjective(image_encoder, load_image_encoder(args.out), data, fresh)
+        return TowerObjective(image_encoder, earlier_encoder(args), data, fresh)
     if args.stage == "text":
-        weights, image_encoder = LossWeights(1, 0, 0, 0), load_image_encoder(args.out)
+        weights, image_encoder = LossWeights(1, 0, 0, 0), earlier_encoder(args)
     elif args.stage == "teacher":
         weights = LossWeights(0, 0, args.picture_weight, scene)
-        image_encoder = initialize(ConvEncoder(image_encoder.config), args.seed)
+        image_encoder = make_teacher(args, image_encoder.config)
     else:
         weights = LossWeights(1, args.caption_weight, args.picture_weight, scene)
     frozen = args.stage == "text"

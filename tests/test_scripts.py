@@ -287,6 +287,21 @@ def test_a_network_that_changes_its_shape_is_not_written_over(decoder_folder, ca
     assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
 
 
+def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path):
+    """At a rate of zero each writes the weights that it was given, on the teacher's embeddings."""
+    first, data = tmp_path / "first", ["--data", write_folder(tmp_path / "pictures", 2), "--size", "16"]
+    towers = ["--image-width", "32", "--image-layers", "1", "--text-layers", "1", "--dim", "32"]
+    short = ["--steps", "1", "--learning-rate", "0", "--batch-size", "2", "--head-dim", "16", *data, *towers]
+    assert run("train_clip", "--stage", "both", "--out", first, *short, "--seed", "5") == 0
+    assert run("train_clip", "--stage", "teacher", "--out", first, *short, "--seed", "5") == 0
+    stages = {"teacher": "teacher", "text": "text_encoder", "image": "image_encoder"}
+    for stage, part in stages.items():
+        out = tmp_path / stage
+        assert run("train_clip", "--stage", stage, "--init", first, "--out", out, *short) == 0
+        file = f"{part}/model.safetensors"
+        assert (out / file).read_bytes() == (first / file).read_bytes(), stage
+
+
 @pytest.mark.parametrize("stage", ["both", "text"])
 def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
     given = ["--data", write_folder(tmp_path / "pictures", 3), "--out", tmp_path / "no", "--size", "8"]
