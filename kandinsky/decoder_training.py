@@ -160,10 +160,11 @@ def draw_latents(
     image_embeds: Tensor,
     uncond: Tensor,
     draws: Draws,
+    size: int,
     num_steps: int = 50,
 ) -> Tensor:
-    """Latents of (b, d) embeddings, guided as by default -> (b, 4, h, w)"""
-    b, size = len(image_embeds), unet.config.sample_size
+    """Latents of (b, d) embeddings, guided as by default -> (b, 4, size, size)"""
+    b = len(image_embeds)
     shape = (unet.config.latent_channels, size, size)
     embeds = torch.cat([uncond.to(image_embeds.device).expand(b, -1), image_embeds])
     steps = scheduler.timesteps(num_steps)
@@ -174,7 +175,7 @@ def draw_latents(
 
 
 class Painter:
-    """Draws fresh pictures from their own embeddings, as text2img would."""
+    """Draws fresh pictures from their own embeddings, as text2img would, at the size of the samples."""
 
     def __init__(self, movq: MoVQ, samples: Samples, image_embeds: Tensor):
         self.movq, self.samples, self.image_embeds = movq, samples, image_embeds
@@ -183,7 +184,9 @@ class Painter:
         self, unet: UNet, scheduler: DDPMScheduler, uncond: Tensor, draws: Draws
     ) -> tuple[Tensor, dict[str, float]]:
         image_embeds = self.image_embeds.to(draws.device)
-        pictures = to_unit_range(self.movq.decode(draw_latents(unet, scheduler, image_embeds, uncond, draws)))
+        size = self.samples.pixels.shape[-1] // self.movq.config.downscale
+        latents = draw_latents(unet, scheduler, image_embeds, uncond, draws, size)
+        pictures = to_unit_range(self.movq.decode(latents))
         true = to_unit_range(self.samples.pixels.to(draws.device))
         grid = torch.stack(
             [row for i in range(0, len(true), 12) for row in (true[i : i + 12], pictures[i : i + 12])]

@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -38,7 +39,7 @@ from kandinsky import (
 from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
-from kandinsky.decoder_training import DecoderObjective, decoder_loss, widen
+from kandinsky.decoder_training import DecoderObjective, Painter, decoder_loss, widen
 from kandinsky.embedding_cache import Cache, build_cache
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import to_pil
@@ -270,6 +271,18 @@ def test_decoder_loss_of_2_1_has_the_gradients_of_diffusers_network():
     out = reference(x, t, texts["text_states"], added_cond_kwargs=added).sample
     ((out[:, :4] - noise) ** 2).mean().backward()
     assert_same_gradients(unet, reference, 1e-4)
+
+
+def test_sample_pictures_have_the_size_of_the_training_ones(monkeypatch):
+    few = partial(decoder_training.draw_latents, num_steps=2)
+    monkeypatch.setattr(decoder_training, "draw_latents", few)
+    unet, movq = ours(UNet, reference_unet()), ours(MoVQ, reference_movq())
+    size = 2 * unet.config.sample_size * movq.config.downscale
+    painter = Painter(movq, Shapes(0, size).load(range(12)), randn(12, EMBEDDING_DIM))
+    with torch.no_grad():
+        given = DDPMScheduler(), torch.zeros(1, EMBEDDING_DIM), Draws("0", slice(None), 64)
+        grid, measured = painter(unet, *given)
+    assert grid.shape == (2, 12, 3, size, size) and "readable" in measured
 
 
 def test_where_the_image_is_dropped_2_1_reads_the_empty_prompt(monkeypatch):
