@@ -24,6 +24,7 @@ from kandinsky.schedulers import DDPMScheduler
 from kandinsky.training import DROPPED, Draws, Objective, save_trained
 from kandinsky.unet import UNet
 
+ROW = 12  # pictures in a row of the grid, which are drawn at once
 DECODER_TEXTS = {"decoder_text_embeds", "decoder_text_states"}  # of a cache: what 2.1's U-Net reads
 
 
@@ -183,16 +184,14 @@ class Painter:
     def __call__(
         self, unet: UNet, scheduler: DDPMScheduler, uncond: Tensor, draws: Draws
     ) -> tuple[Tensor, dict[str, float]]:
-        image_embeds = self.image_embeds.to(draws.device)
         size = self.samples.pixels.shape[-1] // self.movq.config.downscale
-        latents = draw_latents(unet, scheduler, image_embeds, uncond, draws, size)
-        pictures = to_unit_range(self.movq.decode(latents))
-        true = to_unit_range(self.samples.pixels.to(draws.device))
-        grid = torch.stack(
-            [row for i in range(0, len(true), 12) for row in (true[i : i + 12], pictures[i : i + 12])]
-        )
+        true, drawn = self.samples.pixels.to(draws.device).split(ROW), []
+        for i, image_embeds in enumerate(self.image_embeds.to(draws.device).split(ROW)):
+            own = draws.part(slice(i * ROW, (i + 1) * ROW))
+            drawn.append(self.movq.decode(draw_latents(unet, scheduler, image_embeds, uncond, own, size)))
+        grid = torch.stack([to_unit_range(row) for pair in zip(true, drawn) for row in pair])
         scenes = self.samples.scenes
-        return grid, {} if scenes is None else {"readable": readable(pictures, scenes)}
+        return grid, {} if scenes is None else {"readable": readable(grid[1::2].flatten(0, 1), scenes)}
 
 
 def widen(unet: UNet, wider: UNet) -> UNet:

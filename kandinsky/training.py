@@ -109,6 +109,12 @@ class Draws:
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         self.rows, self.total, self.device = rows, total, device
 
+    def part(self, rows: slice) -> "Draws":
+        """What these rows alone draw from here on."""
+        part = copy.copy(self)
+        part.generator, part.rows = self.generator.clone_state(), rows
+        return part
+
     def randn(self, *shape: int) -> Tensor:
         """(b, *shape)"""
         return torch.randn(self.total, *shape, generator=self.generator)[self.rows].to(self.device)

@@ -20,7 +20,7 @@ from kandinsky import Kandinsky, MoVQ, UNet, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import UNetConfig
 from kandinsky.datasets import Dataset, Samples, with_holes
-from kandinsky.decoder_training import DecoderObjective, Painter, widen
+from kandinsky.decoder_training import ROW, DecoderObjective, Painter, widen
 from kandinsky.embedding_cache import Cache, build_cache, encode_decoder_texts
 from kandinsky.encoders import MultilingualCLIP
 from kandinsky.masks import keep_latents
@@ -60,6 +60,9 @@ def parse_args(argv=None):
         type=Path,
         help="train on what this prior draws of the captions: the pictures' own embeddings leave hints and "
         "known pixels nothing to say",
+    )
+    parser.add_argument(
+        "--samples", type=int, choices=range(0, 49, ROW), default=48, help="pictures to draw; 0: none"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written U-Net")
     training_cli.add_cache_flags(parser)
@@ -195,8 +198,8 @@ def make_objective(args, scheduler: NoiseScheduler) -> DecoderObjective:
     unet = make_unet(args, cache["image_embeds"].shape[1], movq.config.downscale)
     training_cli.with_lora(unet, args)
     painter = None
-    if args.task == "text2img" and not unet.config.text:
-        samples = next(iter(training_cli.fresh_data_of(args, data).values())).load(list(range(48)))
+    if args.samples and args.task == "text2img" and not unet.config.text:
+        samples = next(iter(training_cli.fresh_data_of(args, data).values())).load(list(range(args.samples)))
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
         painter = Painter(movq, samples, image_encoder(pixels))
     return DecoderObjective(

@@ -342,6 +342,7 @@ def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
             ["--accumulate", "0"],
             "argument --accumulate: value is 0; allowed is 1 and",
         ),
+        ("train_decoder", ["--samples", "7"], "argument --samples: invalid choice: 7"),
         (
             "train_decoder",
             ["--save-every", "0"],

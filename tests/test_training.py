@@ -285,6 +285,21 @@ def test_sample_pictures_have_the_size_of_the_training_ones(monkeypatch):
     assert grid.shape == (2, 12, 3, size, size) and "readable" in measured
 
 
+def test_sample_pictures_are_drawn_in_rows_as_they_would_be_at_once(monkeypatch):
+    unet, movq, decoded = ours(UNet, reference_unet()), ours(MoVQ, reference_movq()), []
+    few = partial(decoder_training.draw_latents, num_steps=2)
+    monkeypatch.setattr(decoder_training, "draw_latents", few)
+    painter = Painter(movq, Shapes(0, 16).load(range(24)), randn(24, EMBEDDING_DIM))
+    movq.decoder.register_forward_pre_hook(lambda _, args: decoded.append(len(args[0])))
+    given = unet, DDPMScheduler(), torch.zeros(1, EMBEDDING_DIM)
+    grids = []
+    for row in (12, 24):
+        monkeypatch.setattr(decoder_training, "ROW", row)
+        with torch.no_grad():
+            grids.append(painter(*given, Draws("0", slice(None), 64))[0][1::2].flatten(0, 1))
+    assert relative_l2(*grids) <= 1e-5 and decoded == [12, 12, 24]
+
+
 def test_where_the_image_is_dropped_2_1_reads_the_empty_prompt(monkeypatch):
     cache = small_cache()
     texts = {"decoder_text_embeds": randn(12, EMBEDDING_DIM), "decoder_text_states": randn(12, 77, 48)}
