@@ -1,5 +1,6 @@
 """Where training pictures and captions come from: the endless shapes, or a folder of the user's own."""
 
+import hashlib
 import json
 import math
 import sys
@@ -37,7 +38,8 @@ class Samples:
 
 
 class Dataset(Protocol):
-    """Any number is a sample's: a finite data set goes round, each time in another order."""
+    """Any number is a sample's: a finite data set goes round, each time in another order. Its repr tells it
+    from others."""
 
     def load(self, indices: list[int]) -> Samples: ...
 
@@ -107,6 +109,12 @@ class Folder:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __repr__(self) -> str:
+        """What it holds, wherever it lies: a cache of it says so."""
+        files = [(p.name, p.stat().st_size, text, hint and hint.name) for p, text, hint in self.samples]
+        digest = hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
+        return f"Folder({digest}, size={self.size}, hints={self.hints}, seed={self.seed})"
 
     def _chosen(self, indices: list[int]) -> list[tuple[Path, str, Path | None]]:
         return [self.samples[shuffled(index, len(self.samples), self.seed)] for index in indices]

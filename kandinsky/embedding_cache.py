@@ -1,15 +1,18 @@
 """What the frozen networks make of a data set, computed once and kept in one safetensors file."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from kandinsky.checkpoint import write_safetensors
+from kandinsky.checkpoint import CheckpointError, write_safetensors
 from kandinsky.datasets import Dataset, Samples, shuffled
 from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP
 from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
@@ -34,8 +37,15 @@ class Cache:
             self.empty_text["ids"] = tensors["empty_ids"].long()[None]
 
     @classmethod
-    def read(cls, path: Path, seed: int = 0) -> "Cache":
+    def read(cls, path: Path, seed: int = 0, made_from: dict[str, Any] | None = None) -> "Cache":
+        """made_from: what it must say of itself, else it is a CheckpointError."""
         file = open_own(path)
+        if made_from is not None:
+            known = json.loads((file.metadata() or {}).get("made_from", "{}"))
+            others = [name for name in made_from | known if made_from.get(name) != known.get(name)]
+            if others:
+                what = f"{path} is not known to be made from the same {', '.join(others)}"
+                raise CheckpointError(f"{what}; delete it, or choose another --out")
         return cls({name: file.get_tensor(name) for name in file.keys()}, seed)
 
     def __len__(self) -> int:
@@ -73,11 +83,15 @@ def build_cache(
     workers: int = 0,
     progress: bool = True,
     seed: int = 0,
+    **made_from: Any,
 ) -> Cache:
     """Encodes the first `count` samples and writes the file; an existing one is read instead.
-    workers: processes that make the samples; 0: this one does. seed: of the order in which rows are read."""
+    workers: processes that make the samples; 0: this one does. seed: of the order in which rows are read.
+    made_from: what more the tensors depend on than data and count, for JSON; an existing file of other data
+    or another of these is a CheckpointError."""
+    made_from |= {"data": repr(data), "count": count}
     if path.exists():
-        return Cache.read(path, seed)
+        return Cache.read(path, seed, made_from)
     from tqdm import tqdm
 
     parts: dict[str, list[Tensor]] = {}
@@ -94,8 +108,18 @@ def build_cache(
         batches = parts.pop(name)
         tensors[name] = batches[0] if name.startswith("empty_") else torch.cat(batches)
     del batches
-    write_safetensors(tensors, path)
+    write_safetensors(tensors, path, {"made_from": json.dumps(made_from)})
     return Cache(tensors, seed)
+
+
+def digest(*networks: nn.Module) -> str:
+    """Of weights in half precision, so that a network saved in it counts as the same."""
+    found = hashlib.blake2b(digest_size=8)
+    for network in networks:
+        for name, x in network.state_dict().items():
+            found.update(name.encode())
+            found.update(x.half().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _load_or_say_why(data: Dataset, indices: list[int]) -> Samples | Exception:

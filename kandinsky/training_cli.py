@@ -29,7 +29,7 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
         type=float,
         metavar=("ONE", "TWO", "THREE"),
         help="how often kandinsky.shapes draws one, two and three objects to train on, default: "
-        f"{' '.join(map(str, OBJECT_WEIGHTS))}; what --out has encoded already is kept",
+        f"{' '.join(map(str, OBJECT_WEIGHTS))}",
     )
     _add_optimizer_flags(parser, settings)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")

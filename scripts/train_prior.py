@@ -12,7 +12,7 @@ from kandinsky import Prior, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import PriorConfig
 from kandinsky.datasets import Dataset
-from kandinsky.embedding_cache import Cache, build_cache, encode_texts
+from kandinsky.embedding_cache import Cache, build_cache, digest, encode_texts
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.prior import Block
 from kandinsky.prior_training import PriorObjective, deepen
@@ -68,6 +68,8 @@ def encode_data(args) -> list[Cache]:
     text_encoder = CLIPTextEncoder.from_pretrained(args.clip / "text_encoder", device=device)
     tokenizer = PromptTokenizer.from_pretrained(args.clip / "tokenizer")
 
+    made_from = {"image tower": digest(image_encoder), "text tower": digest(text_encoder)}
+
     def encode(samples) -> dict:
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
         texts = encode_texts(text_encoder, tokenizer, samples.captions)
@@ -77,7 +79,8 @@ def encode_data(args) -> list[Cache]:
 
     def cache(name: str, samples: Dataset, count: int) -> Cache:
         path = args.out / "training" / f"embeddings-{name}.safetensors"
-        return build_cache(samples, count, path, encode, args.encode_batch, args.workers, seed=args.seed)
+        given = samples, count, path, encode, args.encode_batch, args.workers
+        return build_cache(*given, seed=args.seed, **made_from)
 
     data = training_cli.data_of(args)
     if args.data is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler as TheirDDPM
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
@@ -40,7 +41,7 @@ from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
 from kandinsky.decoder_training import DecoderObjective, Painter, decoder_loss, widen
-from kandinsky.embedding_cache import Cache, build_cache
+from kandinsky.embedding_cache import Cache, build_cache, digest
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import to_pil
 from kandinsky.judge import see
@@ -420,6 +421,38 @@ def test_another_seed_is_another_order(tmp_path):
         assert a == b != c != d != a and sorted(a) == sorted(c) == sorted(d)
     today = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     assert orders[0][1] == small_cache(8)["image_embeds"][today].tolist()
+
+
+def test_a_cache_made_from_something_else_is_refused(tmp_path):
+    encode = lambda samples: {"image_embeds": samples.pixels.mean(dim=(2, 3))}  # noqa: E731
+    path, movq = tmp_path / "cache", movq_objective().movq
+    sets = Shapes(3, 16), Folder(write_folder(tmp_path / "pictures", 4), 16)
+    for data in sets:
+        path.unlink(missing_ok=True)
+
+        def build(data=data, count=4, encoder=digest(movq)):
+            return build_cache(data, count, path, encode, progress=False, encoder=encoder)
+
+        assert torch.equal(build()["image_embeds"], build()["image_embeds"])
+        moved = Folder(shutil.copytree(tmp_path / "pictures", tmp_path / f"moved {data}"[:30]), 16)
+        assert data is sets[0] or torch.equal(build(moved)["image_embeds"], build()["image_embeds"])
+        others = (
+            Shapes(4, 16),
+            Shapes(3, 8),
+            Shapes(3, 16, object_weights=(0, 1, 0)),
+            Folder(moved.folder, 16, seed=1),
+        )
+        for other in others:
+            with pytest.raises(ValueError, match="not known to be made from the same data; delete it, or"):
+                build(other)
+        with pytest.raises(ValueError, match="cache is not known to be made from the same count; delete it"):
+            build(count=3)
+        with pytest.raises(ValueError, match="the same encoder;"):
+            build(encoder=digest(initialize(movq_objective().movq, 7)))
+    assert digest(movq) == digest(movq_objective().movq.half())
+    save_file({"image_embeds": torch.zeros(4, 3)}, path)
+    with pytest.raises(ValueError, match="the same encoder, data, count; delete it"):
+        build()
 
 
 def test_samples_made_by_other_processes_in_other_batches_are_encoded_alike(tmp_path):

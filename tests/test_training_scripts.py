@@ -199,7 +199,7 @@ def test_a_cache_of_another_task_is_refused(trained, tmp_path, capsys):
     assert run("train_decoder", *start, *places, *data) == 0
     capsys.readouterr()
     assert run("train_decoder", *start, *places, *data, "--task", "inpaint") == 2
-    assert "is of another task: it has no known" in capsys.readouterr().err
+    assert "is not known to be made from the same task, count; delete it" in capsys.readouterr().err
 
 
 @torch.no_grad()
