@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -90,6 +92,8 @@ def build_cache(
     made_from: what more the tensors depend on than data and count, for JSON; an existing file of other data
     or another of these is a CheckpointError."""
     made_from |= {"data": repr(data), "count": count}
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():  # torchrun's first process encodes
+        time.sleep(1)
     if path.exists():
         return Cache.read(path, seed, made_from)
     from tqdm import tqdm

@@ -455,6 +455,21 @@ def test_a_cache_made_from_something_else_is_refused(tmp_path):
         build()
 
 
+def test_of_several_processes_one_encodes(tmp_path, monkeypatch):
+    given, waits = (Shapes(3, 16), 4, tmp_path / "cache"), []
+
+    def first(seconds: float) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("LOCAL_RANK", "0")
+            encode = lambda samples: {"image_embeds": samples.pixels}  # noqa: E731
+            waits.append(build_cache(*given, encode, progress=False))
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(embedding_cache.time, "sleep", first)
+    second = build_cache(*given, lambda samples: 1 / 0, progress=False)
+    assert len(waits) == 1 and torch.equal(second["image_embeds"], waits[0]["image_embeds"])
+
+
 def test_samples_made_by_other_processes_in_other_batches_are_encoded_alike(tmp_path):
     encode = lambda samples: {"image_embeds": samples.pixels.mean(dim=(2, 3))}  # noqa: E731
     ways = [{"workers": 0}, {"workers": 2, "batch_size": 3}]
