@@ -67,8 +67,9 @@ def encode_data(args) -> list[Cache]:
     image_encoder = load_image_encoder(args.clip).to(device)
     text_encoder = CLIPTextEncoder.from_pretrained(args.clip / "text_encoder", device=device)
     tokenizer = PromptTokenizer.from_pretrained(args.clip / "tokenizer")
-
-    made_from = {"image tower": digest(image_encoder), "text tower": digest(text_encoder)}
+    made_from = {"image tower": digest(image_encoder)}
+    if not args.train_text:  # which reads the ids, and may change this very tower
+        made_from["text tower"] = digest(text_encoder)
 
     def encode(samples) -> dict:
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
