@@ -107,13 +107,14 @@ def build_cache(
             raise samples
         for name, tensor in encode(samples).items():
             parts.setdefault(name, []).append(tensor.cpu())
-    tensors = {}
-    for name in list(parts):  # one after the other, so that not all of it is in memory twice
-        batches = parts.pop(name)
-        tensors[name] = batches[0] if name.startswith("empty_") else torch.cat(batches)
-    del batches
+    # one after the other, so that not all of it is in memory twice
+    tensors = {name: _joined(name, parts.pop(name)) for name in list(parts)}
     write_safetensors(tensors, path, {"made_from": json.dumps(made_from)})
     return Cache(tensors, seed)
+
+
+def _joined(name: str, batches: list[Tensor]) -> Tensor:
+    return batches[0] if name.startswith("empty_") else torch.cat(batches)
 
 
 def digest(*networks: nn.Module) -> str:
