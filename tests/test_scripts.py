@@ -304,7 +304,16 @@ def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path):
 
 @pytest.mark.parametrize("stage", ["both", "text"])
 def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
-    given = ["--data", write_folder(tmp_path / "pictures", 3), "--out", tmp_path / "no", "--size", "8"]
+    given = [
+        "--data",
+        write_folder(tmp_path / "pictures", 3),
+        "--out",
+        tmp_path / "no",
+        "--size",
+        "8",
+        "--steps",
+        "1",
+    ]
     assert run("train_clip", "--stage", stage, *given, "--batch-size", "4") == 2
     assert "--batch-size is 4; contrast on these 3 pictures allows 1 to 3" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
