@@ -18,7 +18,7 @@ import difflib
 import fnmatch
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,7 @@ def record(
         else:
             seen.add(name, lambda: keep(value))
 
-    with _hooks() as hooks:
+    with _hooks(model) as hooks:
         for name in names:
             hooks.append(_hook(model.get_submodule(name), partial(note, name), inputs))
         yield seen
@@ -129,7 +129,7 @@ def edit(model: nn.Module, changes: Mapping[str, Change], inputs: bool = False) 
         ValueError: a name that no module matches; before anything runs.
     """
     pairs = [(name, change) for pattern, change in changes.items() for name in module_names(model, pattern)]
-    with _hooks() as hooks:
+    with _hooks(model) as hooks:
         for name, change in pairs:
             hooks.append(_hook(model.get_submodule(name), change, inputs))
         yield
@@ -143,16 +143,19 @@ def _hook(module: nn.Module, do: Change, inputs: bool) -> Any:
 
 
 @contextmanager
-def _hooks() -> Iterator[list]:
-    """A list whose hooks are removed at the end. What is compiled calls none, so it runs plain meanwhile."""
+def _hooks(model: nn.Module) -> Iterator[list]:
+    """A list whose hooks are removed at the end. Compiled blocks call none, so they run plain meanwhile."""
     hooks: list = []
-    is_in_use = "torch._dynamo" in sys.modules  # else nothing is compiled; to import it takes seconds
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     try:
-        with torch.compiler.set_stance("force_eager") if is_in_use else nullcontext():
-            yield hooks
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield hooks
     finally:
         for hook in hooks:
             hook.remove()
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -226,7 +229,7 @@ def attention_maps(
         return attention
 
     originals = [(module, module.attention) for module in (encoders, movq, prior, unet)]
-    with _hooks() as hooks:
+    with _hooks(model) as hooks:
         for name in names:
             module = model.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: stack.append(name)))

@@ -137,6 +137,11 @@ def test_what_is_compiled_is_seen_and_changed_too(monkeypatch):
     with attention_maps(unet, "mid_block*") as maps:
         unet_output(unet)
     assert len(maps["mid_block.attentions.0"]) == 1
+    compiled = [block for block in unet.modules() if block._compiled_call_impl is not None]
+    first, second = record(unet, "*"), record(unet, "*")
+    with first, second:
+        assert not any(block._compiled_call_impl for block in compiled)
+    assert len(compiled) > 4 and all(block._compiled_call_impl for block in compiled)
 
 
 @needs_packing
