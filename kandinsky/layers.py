@@ -37,12 +37,15 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """For what users pass to a network: an error with the numbers where x is of another shape."""
+def check_shape(name: str, x: Tensor, *shape: int | str) -> None:
+    """For what users pass to a network: an error with the numbers where x is of another shape. Letters in it
+    stand for any number."""
+    needed = f"({shape[0]},)" if len(shape) == 1 else f"({', '.join(map(str, shape))})"
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}, needs a tensor of {shape}")
-    if x.shape != shape:
-        raise ValueError(f"{name} is {tuple(x.shape)}, needs {shape}")
+        raise TypeError(f"{name} is a {type(x).__name__}, needs a tensor of {needed}")
+    numbers = [n if isinstance(wanted, int) else wanted for n, wanted in zip(x.shape, shape)]
+    if x.ndim != len(shape) or numbers != list(shape):
+        raise ValueError(f"{name} is {tuple(x.shape)}, needs {needed}")
 
 
 class TimestepMLP(nn.Module):

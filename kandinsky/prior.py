@@ -203,16 +203,14 @@ class Prior(nn.Module, Pretrained):
         return x * self.clip_std.float() + self.clip_mean.float()
 
     def _check_noisy(self, x: Tensor, t: Tensor, b: int) -> None:
-        check_shape("x", x, (b, self.config.embedding_dim))
-        check_shape("t", t, (b,))
+        check_shape("x", x, b, self.config.embedding_dim)
+        check_shape("t", t, b)
 
     def _check(self, text_embeds: Tensor, text_states: Tensor, text_mask: Tensor) -> None:
         d, limit = self.config.embedding_dim, self.config.num_embeddings
-        if text_states.ndim != 3:
-            raise ValueError(f"text_states is {tuple(text_states.shape)}, needs (b, n, {d})")
+        check_shape("text_states", text_states, "b", "n", d)
         b, n = text_states.shape[:2]
-        check_shape("text_states", text_states, (b, n, d))
-        check_shape("text_embeds", text_embeds, (b, d))
-        check_shape("text_mask", text_mask, (b, n))
+        check_shape("text_embeds", text_embeds, b, d)
+        check_shape("text_mask", text_mask, b, n)
         if n > limit:
             raise ValueError(f"text_states has {n} tokens, this prior reads at most {limit}")

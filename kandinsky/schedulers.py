@@ -197,7 +197,7 @@ class DDIMScheduler(NoiseScheduler):
         return super().alpha_bar(t if self.set_alpha_to_one else max(t, 0))
 
     def timesteps(self, num_steps: int) -> Timesteps:
-        """Evenly spaced, each t_prev one stride below; t = 1000 is clamped to 999, as an offset may give."""
+        """Evenly spaced, each t_prev one stride below; 999 where an offset leads beyond the table."""
         stride, ts = self._leading(num_steps)
         previous = [stride * (i - 1) + self.steps_offset for i in reversed(range(num_steps))]
         return [(t, min(t_prev, self.num_train_steps - 1)) for t, t_prev in zip(ts, previous)]

@@ -336,7 +336,7 @@ class UNet(nn.Module, Pretrained):
             (b, 8, h, w) float32: predicted noise, then the predicted variance in [-1, 1].
         """
         self._check_condition(image_embeds, hint, text_embeds, text_states)
-        check_shape("t", t, (len(image_embeds),))
+        check_shape("t", t, len(image_embeds))
         condition, added = self._conditioned(image_embeds, text_embeds, text_states)
         given = added | self._modulations(self.time_embedding(t) + condition)
         return self.denoise(x, given, self._hint_features(hint))
@@ -423,24 +423,20 @@ class UNet(nn.Module, Pretrained):
         text_embeds: Tensor | None,
         text_states: Tensor | None,
     ) -> None:
-        b, dim = len(image_embeds), self.config.image_dim
-        if image_embeds.ndim != 2 or image_embeds.shape[1] != dim:
-            raise ValueError(f"image_embeds is {tuple(image_embeds.shape)}, needs (b, {dim})")
+        dim = self.config.image_dim
+        check_shape("image_embeds", image_embeds, "b", dim)
+        b = len(image_embeds)
         if {text_embeds is not None, text_states is not None} != {self.config.text}:
             needs = "needs text_embeds and text_states" if self.config.text else "takes no texts"
             raise ValueError(f"this UNet {needs}")
         if text_embeds is not None:
-            check_shape("text_embeds", text_embeds, (b, dim))
-        if text_states is not None and (
-            text_states.ndim != 3 or text_states.shape[::2] != (b, self.config.embedding_dim)
-        ):
-            raise ValueError(
-                f"text_states is {tuple(text_states.shape)}, needs ({b}, n, {self.config.embedding_dim})"
-            )
+            check_shape("text_embeds", text_embeds, b, dim)
+        if text_states is not None:
+            check_shape("text_states", text_states, b, "n", self.config.embedding_dim)
         if (hint is not None) != self.config.hint:
             raise ValueError("this UNet needs a hint" if self.config.hint else "this UNet takes no hint")
-        if hint is not None and (hint.ndim != 4 or hint.shape[:2] != (len(image_embeds), 3)):
-            raise ValueError(f"hint is {tuple(hint.shape)}, needs ({len(image_embeds)}, 3, 8h, 8w)")
+        if hint is not None:
+            check_shape("hint", hint, b, 3, "8h", "8w")
 
     def _check_sample(self, x: Tensor, given: Conditioning, hint_features: Tensor | None) -> None:
         rows = len(given[self.mid_block.attentions[0]][0])

@@ -106,7 +106,7 @@ def test_wrong_inputs_are_refused_with_both_sizes():
         ((x, t[:1], text_embeds, text_states, mask), r"t is \(1,\), needs \(2,\)"),
         ((x, t, text_embeds[:1], text_states, mask), r"text_embeds is \(1, 32\), needs \(2, 32\)"),
         ((x, t, text_embeds, text_states[0], mask), r"text_states is \(77, 32\), needs \(b, n, 32\)"),
-        ((x, t, text_embeds, text_states[..., :8], mask), r"text_states is \(2, 77, 8\), needs \(2, 77"),
+        ((x, t, text_embeds, text_states[..., :8], mask), r"text_states is \(2, 77, 8\), needs \(b, n, 32"),
         ((x, t, text_embeds, text_states, mask[:, :9]), r"text_mask is \(2, 9\), needs \(2, 77\)"),
         ((x, t, text_embeds, randn(2, 78, 32), torch.ones(2, 78)), "78 tokens, this prior reads at most 77"),
     ):

@@ -94,6 +94,8 @@ def test_wrong_inputs_are_refused_with_both_sizes():
             unet(*arguments)
     with pytest.raises(TypeError, match=r"t is a int, needs a tensor of \(2,\)"):
         unet(x, 981, image_embeds)
+    with pytest.raises(TypeError, match=r"image_embeds is a list, needs a tensor of \(b, 32\)"):
+        unet(x, t, [[1.0] * 32] * 2)
 
 
 def test_hint_form_needs_a_hint_of_eight_times_the_latents():
