@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,8 +146,9 @@ def _is_pickle(path: Path) -> bool:
     return head.startswith(b"PK\x03\x04") or (head.startswith(b"\x80") and head[8:] != b"{")
 
 
-def _how_to_convert(path: Path | str) -> str:
-    return f"`scripts/download_weights.py --convert {path}` makes a safetensors file of it"
+def _how_to_convert(path: Path, out: Path | None = None) -> str:
+    given = shlex.quote(str(path)) + ("" if out is None else f" --out {shlex.quote(str(out))}")
+    return f"`scripts/download_weights.py --convert {given}` makes a safetensors file of it"
 
 
 def _shards(index: Path) -> list[Path]:
@@ -195,18 +197,16 @@ def _in_its_place(folder: Path, name: str) -> str:
 
     indices, others = there(".safetensors.index*.json"), there(".safetensors")
     pickles = there(".bin", ".ckpt", ".pt", ".pth")
-    is_piece = any(re.search(r"-\d+-of-\d+\.", piece) for piece in (pickles or others)[:1])
+    first = (pickles or others or [""])[0]
+    is_piece = re.search(r"-\d+-of-\d+\.", first) is not None
     if indices:  # a variant's, .fp16
         return f"; there is {indices[0]}: give it the name {name}.index.json"
     if pickles and is_piece:
-        return (
-            f"; there are pickled pieces, as {pickles[0]}: diffusers or transformers can read and save them"
-        )
+        return f"; there are pickled pieces, as {first}: diffusers or transformers can read and save them"
     if pickles:
-        convert = _how_to_convert(f"{folder / pickles[0]} --out {folder}")
-        return f"; there is only the pickle {pickles[0]}; {convert}"
-    if others and is_piece:
-        return f"; there are pieces, as {others[0]}: fetch {name}.index.json, which lists them"
+        return f"; there is only the pickle {first}; {_how_to_convert(folder / first, folder)}"
+    if is_piece:
+        return f"; there are pieces, as {first}: fetch {name}.index.json, which lists them"
     return f"; there is {', '.join(others)}: give it that name" if others else ""
 
 

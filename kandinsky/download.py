@@ -162,7 +162,7 @@ def store_zero_image_embeds(prior: Path, say: Say = print) -> None:
     path = prior / ZERO_IMAGE
     if _has_zero_image(prior):
         return
-    from kandinsky.parts import compute_zero_image_embeds
+    from kandinsky.zero_image import compute_zero_image_embeds
 
     say(f"{path}: computing it, once")
     try:

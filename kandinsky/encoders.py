@@ -11,7 +11,7 @@ class token before its patches and is read there. 2.1's decoder reads the prompt
 Why CLIP: trained so that a picture's embedding and its caption's point the same way, it is what lets a
 prior go from one to the other, and what lets pictures be mixed as numbers. Only text is encoded to draw
 from text: the image tower's one use there is the zero image's constant embedding
-(`parts.zero_image_embeds`).
+(`zero_image.zero_image_embeds`).
 
 A tour: `SelfAttention` and the layers above it serve both of CLIP's towers; `TextTransformer.forward` and
 `ImageTransformer.forward` are the two lines of the first diagram; XLM-RoBERTa's blocks follow, post-norm.

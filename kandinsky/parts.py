@@ -4,22 +4,14 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kandinsky import arguments
-from kandinsky.checkpoint import (
-    CheckpointError,
-    find_tensors,
-    lasting,
-    open_safetensors,
-    skeleton,
-    weight_files,
-)
+from kandinsky.checkpoint import CheckpointError, lasting, open_safetensors
 from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
@@ -28,6 +20,7 @@ from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
 from kandinsky.scheduler_files import DECODER_SCHEDULERS, PRIOR_SCHEDULERS, load_scheduler
 from kandinsky.schedulers import NoiseScheduler, UnCLIPScheduler
 from kandinsky.unet import UNet
+from kandinsky.zero_image import compute_zero_image_embeds, zero_image_embeds
 
 # which part reads what they make
 TOKENIZERS = {"text_encoder": "tokenizer", "decoder_text_encoder": "decoder_tokenizer"}
@@ -180,8 +173,8 @@ class Parts:
     ) -> Pipeline:
         """Moves and casts every loaded network, and those to come; returns the pipeline. A network that
         another pipeline shares goes along: call `to` on that one as well. Where it fails the pipeline
-        stays where it was: what had moved is read again when needed, or moved back (and rounded, where it was
-        cast) if it was assigned."""
+        stays where it was: what had moved is moved back, and what was cast is read again when needed, or cast
+        back if it was assigned."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device is {device}; pass it as dtype=")
         device = self.device if device is None else arguments.device(device)
@@ -193,7 +186,7 @@ class Parts:
                 network.to(device, dtype)
         except BaseException:
             for name in moved:
-                if name in self._replaced:
+                if dtype == self.dtype or name in self._replaced:
                     self._loaded[name].to(self.device, self.dtype)
                 else:
                     del self._loaded[name]
@@ -331,9 +324,14 @@ class Parts:
     def _read_zero_image_embeds(self) -> Tensor:
         path = self._zero_image_file()
         if path is None:
-            if "image_encoder" in {*self._loaded, *self.changes}:
-                return zero_image_embeds(self.image_encoder)
-            return compute_zero_image_embeds(self.need_prior(), self.device, self.dtype)
+            was_loaded, plain = "image_encoder" in self._loaded, Parts.image_encoder.network
+            is_plain = type(self).image_encoder.network is plain and not self.changes.get("image_encoder")
+            if is_plain and not was_loaded:
+                return compute_zero_image_embeds(self.need_prior(), self.device, self.dtype)
+            embeds = zero_image_embeds(self.image_encoder)
+            if not was_loaded:
+                del self.image_encoder
+            return embeds
         file = open_safetensors(path)
         if list(file.keys()) != ["zero_image_embeds"]:
             raise CheckpointError(f"{path} does not hold zero_image_embeds alone")
@@ -343,46 +341,6 @@ class Parts:
         if len(embeds) != 1:
             raise CheckpointError(f"{path} holds {len(embeds)} embeddings; it is one that is needed")
         return embeds
-
-
-@torch.no_grad()
-def zero_image_embeds(image_encoder: CLIPImageEncoder) -> Tensor:
-    """(1, d) float32: the embedding of a picture that is zero after normalisation (not a black one)."""
-    size = image_encoder.config.image_size
-    return image_encoder(torch.zeros(1, 3, size, size, device=image_encoder.device))
-
-
-@torch.no_grad()
-def compute_zero_image_embeds(
-    prior: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The same from a prior's folder, layer by layer: the tower's 1.84 B weights are never in memory as a
-    whole."""
-    folder = Path(prior) / "image_encoder"
-    config = CLIPImageEncoder.read_config(folder)
-    with skeleton():
-        tower = CLIPImageEncoder(config).to(dtype)
-    files = weight_files(folder, tower.weights_name)
-    find_tensors(files, tower.state_dict())
-    places = {name: path for path in files for name in open_safetensors(path).keys()}
-
-    def read(name: str, layer: nn.Module, _: Any) -> None:
-        paths = {key: f"{name}.{key}" for key in layer.state_dict()}
-        # opened anew, so that what is mapped goes with the layer
-        opened = {
-            place: open_safetensors(place, device) for place in {places[path] for path in paths.values()}
-        }
-        own = {key: opened[places[path]].get_tensor(path).to(dtype) for key, path in paths.items()}
-        layer.load_state_dict(own, assign=True)
-
-    def drop(layer: nn.Module, *_: Any) -> None:
-        layer.to("meta")
-
-    for name, layer in tower.named_modules():
-        if not any(layer.children()) or name.endswith(".embeddings"):  # these have weights of their own
-            layer.register_forward_pre_hook(partial(read, name))
-            layer.register_forward_hook(drop)
-    return tower(torch.zeros(1, 3, config.image_size, config.image_size, device=device))
 
 
 def _sibling_prior(decoder: Path) -> Path | None:

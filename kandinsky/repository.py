@@ -8,7 +8,7 @@ from torch import nn
 
 from kandinsky.checkpoint import CheckpointError, atomic_file, read_json, write_json, write_safetensors
 from kandinsky.images import CLIP_MEAN, CLIP_STD
-from kandinsky.parts import zero_image_embeds
+from kandinsky.zero_image import zero_image_embeds
 
 DDPM = {
     "_class_name": "DDPMScheduler",

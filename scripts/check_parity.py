@@ -23,9 +23,9 @@ from kandinsky import Kandinsky, arguments, cli, random_weights, scheduler_files
 from kandinsky.checkpoint import write_json
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
-from kandinsky.parts import zero_image_embeds
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
+from kandinsky.zero_image import zero_image_embeds
 
 FACTOR = {"small": 1.3, "released": 1.1}  # half precision: ours against theirs
 PROMPT = "a red cat, 4k photo"

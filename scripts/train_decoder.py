@@ -24,13 +24,13 @@ from kandinsky.decoder_training import ROW, DecoderObjective, Painter, widen
 from kandinsky.embedding_cache import Cache, build_cache, digest, encode_decoder_texts
 from kandinsky.encoders import MultilingualCLIP
 from kandinsky.masks import keep_latents
-from kandinsky.parts import zero_image_embeds
 from kandinsky.prompts import MultilingualTokenizer
 from kandinsky.repository import decoder_scheduler, write_decoder_repository, write_decoder_repository_2_1
 from kandinsky.scheduler_files import DECODER_SCHEDULERS, from_config
 from kandinsky.schedulers import DDPMScheduler, NoiseScheduler
 from kandinsky.training import initialize
 from kandinsky.unet import AttentionBlock, ResnetBlock
+from kandinsky.zero_image import zero_image_embeds
 
 ENTRANCES = {"text2img": (4, False), "inpaint": (9, False), "hint": (8, True)}  # channels, hint network
 HOLES = 8  # in each picture of a folder, for inpainting

@@ -18,9 +18,9 @@ from kandinsky.config import MoVQConfig, PriorConfig, UNetConfig, read_config
 from kandinsky.encoders import CLIPImageEncoder
 from kandinsky.lora import add_lora, merge_lora
 from kandinsky.movq import MoVQ
-from kandinsky.parts import compute_zero_image_embeds, zero_image_embeds
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
+from kandinsky.zero_image import compute_zero_image_embeds, zero_image_embeds
 from tests.helpers import randn, relative_l2
 from tests.small import (
     EMBEDDING_DIM,
@@ -353,6 +353,31 @@ def test_where_to_fails_half_way_the_pipeline_is_as_it_was(pipe, monkeypatch):
     assert torch.equal(our_pictures(pipe, 0, prompt=PROMPT), picture)
 
 
+def test_where_a_move_fails_what_was_changed_in_place_stays(pipe, monkeypatch):
+    unet, movq = pipe.unet, pipe.movq
+
+    def fail(*_):
+        monkeypatch.undo()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(movq, "to", fail)
+    with pytest.raises(MemoryError, match="CUDA out of memory"):
+        pipe.to("cpu")
+    assert pipe.unet is unet and pipe.movq is movq
+
+
+def test_a_tower_of_ones_own_makes_its_own_zero_image(decoder_folder):
+    class Tower(CLIPImageEncoder):
+        def forward(self, pixels):
+            return 2 * super().forward(pixels)
+
+    class Own(Kandinsky):
+        image_encoder = parts.Part(Tower, "prior")
+
+    own, plain = (c.from_pretrained(decoder_folder).zero_image_embeds for c in (Own, Kandinsky))
+    assert relative_l2(own, 2 * plain) <= 1e-6
+
+
 def test_what_a_call_in_inference_mode_reads_can_be_changed_and_trained_outside(decoder_folder):
     with torch.inference_mode():
         pipe = Kandinsky.from_pretrained(decoder_folder)
@@ -454,5 +479,7 @@ def test_files_that_do_not_go_together_are_refused_before_weights_are_read(decod
 
 
 def test_a_compiled_network_names_the_way_to_have_it(pipe):
+    wrapped = torch.nn.Module()  # as torch.compile gives one; to import the compiler takes seconds
+    wrapped._orig_mod = pipe.unet
     with pytest.raises(TypeError, match=r"unet is compiled; pipe.optimize\(compile=True\)"):
-        pipe.unet = torch.compile(pipe.unet)
+        pipe.unet = wrapped

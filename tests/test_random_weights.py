@@ -29,8 +29,8 @@ from kandinsky.checkpoint import atomic_file, open_safetensors
 from kandinsky.cli import WEIGHTS
 from kandinsky.config import read_config
 from kandinsky.encoders import CLIPImageEncoder
-from kandinsky.parts import zero_image_embeds
 from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
+from kandinsky.zero_image import zero_image_embeds
 from tests.helpers import SHARED, relative_l2
 from tests.test_scripts import load
 
