@@ -60,9 +60,11 @@ def with_argument_help(method: Callable) -> Callable:
 
 def known_names(method: Callable, names: Iterable[str]) -> None:
     """Raises where one is no argument of the method, and says what to use."""
-    known = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
+    parameters = inspect.signature(method).parameters
+    known = [name for name in parameters if name not in ("self", "cls")]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in names:
-        if name not in known:
+        if name not in known and not takes_any:
             ours = _DIFFUSERS_NAMES.get(name, f"one of {', '.join(known)}")
             raise TypeError(f"{method.__name__}() has no argument {name!r}; use {ours}")
 
@@ -202,7 +204,7 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
     except OverflowError:  # an int that no float reaches
         as_float = math.inf
     if not math.isfinite(as_float):
-        raise ValueError(f"{name} is {str(value)[:20]}; a finite number is needed")
+        raise ValueError(f"{name} is {as_float}; a finite number is needed")
     if not low <= as_float <= high:
         raise ValueError(
             f"{name} is {value}; allowed is {low} {'and more' if high == math.inf else f'to {high}'}"

@@ -161,9 +161,10 @@ def _write(
             texts = metadata.texts(described | {"index": number}, picture.size)
             if problem:  # `parameters` alone is kept
                 del texts[metadata.KEY]
-        name = images.fitting_name(name, picture.size)
-        save = partial(images.save_image, picture, overwrite=args.overwrite, texts=texts)
-        path = cli.write_free(name, args.overwrite, save)
+        fitting = images.fitting_name(name, picture.size)
+        overwrite = args.overwrite and fitting == name
+        save = partial(images.save_image, picture, overwrite=overwrite, texts=texts)
+        path = cli.write_free(fitting, overwrite, save)
         print(f"{path} (seed {seeds[number % len(seeds)]})")
         paths.append(path)
     return paths

@@ -25,7 +25,6 @@ from kandinsky.sampling import Step
 from kandinsky.unet import NUM_IMAGE_TOKENS_BESIDE_TEXT
 
 MOST_FRAMES = 12
-TASKS = ("text2img", "img2img", "inpaint")
 PARTS = ("text_embeds", "timestep", "noisy embedding", "read-out")  # the prior's tokens after the prompt's
 BLOCKS = ("*.resnets.?", "*.attentions.?")  # of the U-Net, whose norms are followed
 
@@ -88,8 +87,6 @@ def trace(
         ValueError: what the two calls raise; no such task; an argument that asks for more than one picture,
             or for other than whole steps.
     """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; allowed are {', '.join(TASKS)}")
     for name in ("num_images_per_prompt", "output_type", "embeds", "on_step", "progress", "cache_every"):
         if name in call:
             raise ValueError(f"a trace follows one picture, in whole steps; it takes no {name}")

@@ -273,15 +273,15 @@ def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
         raise OSError(said) from None
 
 
-def fitting_name(path: Path, size: tuple[int, int]) -> Path:
-    """The name, or where its format has no pictures of that size the same as .png, with a warning."""
-    file_format = check_suffix(path)
+def fitting_name(path: Path, size: tuple[int, int], instead: str = ".png") -> Path:
+    """The name, or where its format has no pictures of that size one with another suffix, with a warning."""
+    file_format = check_suffix(path, SUFFIXES | ANIMATIONS)
     longest = LONGEST_SIDES.get(file_format)
     if longest is None or max(size) <= longest:
         return path
     wide = f"a {file_format} has up to {longest} pixels a side, this picture {size[0]}×{size[1]}"
-    warnings.warn(f"{wide}; it is written as PNG", stacklevel=2)
-    return path.with_suffix(".png")
+    warnings.warn(f"{wide}; it is written as {instead}", stacklevel=2)
+    return path.with_suffix(instead)
 
 
 def save_image(

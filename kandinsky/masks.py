@@ -78,7 +78,7 @@ def grow(x: Tensor, pixels: int) -> Tensor:
 
 def feather(x: Tensor, pixels: int) -> Tensor:
     """A ramp inside the repainted region, that wide; outside it stays 0. (1, h, w) of 0 and 1 -> [0, 1]"""
-    return steps_inside(x).clamp(max=pixels + 1) / (pixels + 1)
+    return steps_inside(x).clamp(max=pixels + 1) / (pixels + 1) if pixels else x
 
 
 def steps_inside(x: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class Kandinsky(Requests):
             Output(output_type, on_step, progress),
             Inputs(hint=hint),
         )
+        self.seeds = request.seeds
         return self._finish(request, self._sample(request, self._text2img_loop(request)))
 
     @arguments.public
@@ -137,6 +138,7 @@ class Kandinsky(Requests):
             Output(output_type, on_step, progress),
             Inputs(image, hint=hint, strength=strength),
         )
+        self.seeds = request.seeds
         z = self._encode(request)
         if not request.timesteps:
             return self._finish(request, z)
@@ -144,7 +146,7 @@ class Kandinsky(Requests):
         def noised(noise: Tensor) -> Tensor:
             if self.unet_config.text:  # 2.1 noises by another schedule than it denoises by, as in diffusers
                 linear = DDPMScheduler(beta_start=0.0001, beta_end=0.02)
-                return linear.add_noise(z, noise, max(int(linear.num_train_steps * strength) - 2, 0))
+                return linear.add_noise(z, noise, max(int(linear.num_train_steps * request.strength) - 2, 0))
             return request.scheduler.add_noise(z, noise, request.timesteps[0][0])
 
         return self._finish(request, self._sample(request, self._text2img_loop(request), noised))
@@ -203,8 +205,11 @@ class Kandinsky(Requests):
             Output(output_type, on_step, progress),
             Inputs(image, mask_image, hint, 1.0, keep_unmasked, invert_mask, grow_mask, feather_mask),
         )
+        self.seeds = request.seeds
         repaint = [masks.resize(mask, *request.size)[None] for mask in request.masks]
-        repaint = [masks.grow(1 - mask if request.invert_mask else mask, grow_mask) for mask in repaint]
+        repaint = [
+            masks.grow(1 - mask if request.invert_mask else mask, request.grow_mask) for mask in repaint
+        ]
         padded = request.rows([images.pad_to(mask, *request.full_size, "constant") for mask in repaint])
         keep = masks.keep_latents(padded, self.movq_config.downscale).to(self.device)
         z = self._encode(request)
@@ -217,7 +222,7 @@ class Kandinsky(Requests):
         x = self._sample(request, loop)
         if not request.keep_unmasked:
             return self._finish(request, x)
-        share = request.rows([masks.feather(mask, feather_mask) for mask in repaint]).to(self.device)
+        share = request.rows([masks.feather(mask, request.feather_mask) for mask in repaint]).to(self.device)
         original = request.rows([images.resize(x, *request.size) for x in request.pictures]).to(self.device)
         return self._finish(request, x, lambda pixels: masks.paste(pixels, original, share))
 
@@ -270,7 +275,7 @@ class Kandinsky(Requests):
         self, request: Request, loop: Loop, start: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor | None:
         """What to show, then the decoder's loop. start: makes the first sample of the noise."""
-        noise = Noise(self.seeds, self.device)
+        noise = Noise(request.seeds, self.device)
         image_embeds = self._guided_embeds(request, noise)
 
         def draw() -> Tensor:

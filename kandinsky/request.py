@@ -1,6 +1,5 @@
 """What a call of a task asks for: every argument checked, before any weight is read."""
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -12,50 +11,52 @@ from kandinsky.embedding import Embedding, OnStep
 from kandinsky.sampling import ImageEmbeds, last_steps
 from kandinsky.schedulers import DPMSolverScheduler, NoiseScheduler, Timesteps
 
+TASKS = ("text2img", "img2img", "inpaint")
 LONGEST_SIDE = 2**16  # pixels; a typing error beyond it would fill any memory
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
 
 class Content(NamedTuple):
-    """What to show, as the caller gave it; so are the four below."""
+    """What to show, as the caller gave it; so are the four below. Defaults are the tasks'."""
 
-    prompt: Any
-    embeds: Any
-    negative_prompt: Any
-    prior_num_inference_steps: Any
-    prior_guidance_scale: Any
+    prompt: Any = None
+    embeds: Any = None
+    negative_prompt: Any = None
+    prior_num_inference_steps: Any = 25
+    prior_guidance_scale: Any = 4.0
 
 
 class Batch(NamedTuple):
     """How many pictures, of what size, from which noise."""
 
-    num_images_per_prompt: Any
-    seed: Any
-    latents: Any
-    height: Any
-    width: Any
+    num_images_per_prompt: Any = 1
+    seed: Any = None
+    latents: Any = None
+    height: Any = None
+    width: Any = None
 
 
 class Denoising(NamedTuple):
     """The decoder's loop."""
 
-    num_inference_steps: Any
-    sampler: Any
-    guidance_scale: Any
-    guidance_interval: Any
-    cache_every: Any
+    num_inference_steps: Any = 50
+    sampler: Any = None
+    guidance_scale: Any = 4.0
+    guidance_interval: Any = (0.0, 1.0)
+    cache_every: Any = 1
 
 
 class Output(NamedTuple):
     """What comes back, and what is told meanwhile."""
 
-    output_type: Any
-    on_step: Any
-    progress: Any
+    output_type: Any = "pil"
+    on_step: Any = None
+    progress: Any = False
 
 
 class Inputs(NamedTuple):
-    """The pictures that a task starts from, and how they are taken; what a task does not have is as here."""
+    """The pictures that a task starts from, and how they are taken; what a task does not have is as here.
+    (img2img's own strength is 0.3.)"""
 
     image: Any = None
     mask_image: Any = None
@@ -97,6 +98,8 @@ class Request(NamedTuple):
     latents: Tensor | None
     output_type: str
     watch: tuple[OnStep | None, bool]
+    seeds: list[int]  # one per image
+    strength: float
     pictures: list[Tensor] | None
     masks: list[Tensor] | None
     hints: list[Tensor] | None
@@ -118,14 +121,11 @@ class Requests(Embedding):
 
     def check(self, task: str, **call: Any) -> None:
         """Raises what `text2img`, `img2img` or `inpaint` would raise for these arguments; reads no weight."""
-        method, seeds = getattr(self, task), self.seeds
-        arguments.known_names(method, call)
-        bound = inspect.signature(method).bind(**call)
-        bound.apply_defaults()
-        given = Inputs._field_defaults | bound.arguments
+        arguments.choice(task, "task", TASKS)
+        arguments.known_names(getattr(self, task), call)
         groups = (Content, Batch, Denoising, Output, Inputs)
-        self.request(task, *(group(*(given[name] for name in group._fields)) for group in groups))
-        self.seeds = seeds
+        given = [{name: call[name] for name in group._fields if name in call} for group in groups]
+        self.request(task, *(group(**own) for group, own in zip(groups, given)))
 
     def request(
         self,
@@ -136,7 +136,7 @@ class Requests(Embedding):
         output: Output,
         inputs: Inputs,
     ) -> Request:
-        """Checks a call of a task; draws its seeds."""
+        """Checks a call of a task, and draws its seeds."""
         own = self._own_part(task, inputs)
         pictures = own["pictures"]
         images_per_prompt = arguments.whole(batch.num_images_per_prompt, "num_images_per_prompt")
@@ -147,16 +147,15 @@ class Requests(Embedding):
         guidance_scale = arguments.number(denoising.guidance_scale, "guidance_scale")
         words = self._words(content, **{name: own[name] for name in ("pictures", "masks", "hints")})
         num_images = words.num_prompts * images_per_prompt
+        strength = arguments.share(inputs.strength, "strength")
+        timesteps = self._timesteps(scheduler, denoising.num_inference_steps, "num_inference_steps")
         prior = (content.prior_num_inference_steps, content.prior_guidance_scale, "prior_")
         request = Request(
             words=words,
             images_per_prompt=images_per_prompt,
             prior_settings=self._prior_settings(*prior, runs=bool(words.texts)),
             scheduler=scheduler,
-            timesteps=last_steps(
-                self._timesteps(scheduler, denoising.num_inference_steps, "num_inference_steps"),
-                arguments.share(inputs.strength, "strength"),
-            ),
+            timesteps=last_steps(timesteps, strength),
             guidance_scale=guidance_scale,
             guidance_interval=arguments.interval(denoising.guidance_interval, "guidance_interval"),
             cache_every=arguments.whole(denoising.cache_every, "cache_every"),
@@ -166,11 +165,11 @@ class Requests(Embedding):
             latents=arguments.noise(batch.latents, ((num_images, *latent_shape),)),
             output_type=output.output_type,
             watch=self._watch(output.on_step, output.progress),
+            seeds=arguments.seeds(batch.seed, num_images),
+            strength=strength,
             **own,
         )
-        seeds = arguments.seeds(batch.seed, num_images)
         self._check_weights(words, guidance_scale, output.output_type != "latent" or pictures is not None)
-        self.seeds = seeds
         return request
 
     def _own_part(self, task: str, inputs: Inputs) -> dict[str, Any]:

@@ -108,8 +108,10 @@ def main(argv=None) -> int:
         drawing.draw("mix", call, args, settings, run)
     finally:  # of a run that was stopped, too, what there is
         if frames:
-            save = partial(images.save_animation, frames, overwrite=args.overwrite)
-            print(cli.write_free(args.animation, args.overwrite, save))
+            fitting = images.fitting_name(args.animation, frames[0].size, ".gif")
+            overwrite = args.overwrite and fitting == args.animation
+            save = partial(images.save_animation, frames, overwrite=overwrite)
+            print(cli.write_free(fitting, overwrite, save))
     return 0
 
 

@@ -276,6 +276,16 @@ def test_growing_and_feathering_change_what_is_pasted(inpainter):
     torch.testing.assert_close(soft[:, 10, 12:30], edge)
 
 
+def test_a_masks_numbers_may_be_numpys(inpainter):
+    settings = {"image": picture(16, 16), "mask_image": half_mask(16, 16), "seed": 1, **QUICK}
+    numbers = {"grow_mask": 3, "feather_mask": 255}
+    own, numpys = (
+        np.array(inpainter.inpaint(PROMPT, **settings, **{k: kind(n) for k, n in numbers.items()})[0])
+        for kind in (int, np.uint8)
+    )
+    assert np.array_equal(own, numpys)
+
+
 def test_a_scratch_between_the_latents_is_repainted_when_grown(inpainter):
     mask = np.zeros((HEIGHT, WIDTH))
     mask[:, 18] = 1  # the mask is read at every fourth pixel

@@ -161,6 +161,10 @@ def test_a_picture_too_wide_for_its_format_is_written_as_png(decoder_folder, fil
     assert captured.out == f"{files / 'wide.png'} (seed 0)\n"
     assert "a WEBP has up to 16383 pixels a side, this picture 16400×2; it is" in captured.err
     assert pixels(files / "wide.png").shape == (2, 16400, 3)
+    given += ["--weights", decoder_folder, "--overwrite", "--out", files / "wide.webp"]
+    assert run("text2img", *given) == 0 and capsys.readouterr().out == f"{files / 'wide-1.png'} (seed 0)\n"
+    strip = ["a", "b", "--frames", "2", *given[1:], "--animation", files / "strip.webp"]
+    assert run("mix", *strip) == 0 and (files / "strip.gif").exists()
 
 
 CASES = {

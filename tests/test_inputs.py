@@ -314,6 +314,7 @@ def test_growing_and_feathering():
     assert torch.equal(masks.feather(torch.ones(1, 5, 5), 4), torch.ones(1, 5, 5))  # the border is no edge
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 12),
     st.integers(1, 12),
