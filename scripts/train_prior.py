@@ -102,9 +102,7 @@ def main(argv=None) -> int:
         raise ValueError(f"{what}; choose another --out")
     if args.lora is not None and args.train_text:
         raise ValueError("--lora leaves the networks as they are; --train-text goes without it")
-    if args.lora is None:
-        write_prior_repository(args.out, args.clip, ("text_encoder",) if args.train_text else ())
-    cache, fresh = encode_data(args)
+    cache, fresh = encode_data(args)  # a cache may be refused: what lies in --out is then left as it is
     if args.init is not None:
         prior = Prior.from_pretrained(args.init / "prior", dtype=training_cli.lora_dtype(args))
         prior = deepen(prior, args.add_layers, args.seed) if args.add_layers else prior
@@ -121,6 +119,8 @@ def main(argv=None) -> int:
     objective = PriorObjective(*given)
     if args.init is None:
         objective.normalize_by(cache)
+    if args.lora is None:
+        write_prior_repository(args.out, args.clip, ("text_encoder",) if args.train_text else ())
     training_cli.train(objective, args, Block)
     return 0
 

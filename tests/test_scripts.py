@@ -14,10 +14,12 @@ from PIL import Image
 
 import kandinsky
 from kandinsky import CLIPImageEncoder, Kandinsky, cli
+from kandinsky.checkpoint import write_safetensors
 from tests.test_training import write_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 QUICK = ["--steps", "2", "--prior-steps", "2", "--height", "16", "--width", "24", "--seed", "7"]
+SMALL_UNET = ["--channels", "32", "48", "--head-dim", "16", "--context-dim", "16", "--groups", "8"]
 
 
 def load(name: str):
@@ -383,3 +385,18 @@ def test_numbers_that_train_nothing_are_refused_before_anything_is_made(
     assert run(script, *places, "--out", tmp_path / "no", *flags) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
+def test_a_run_whose_cache_is_refused_leaves_the_repository_as_it_is(
+    script, decoder_folder, tmp_path, capsys
+):
+    name = {"train_prior": "embeddings-train", "train_decoder": "latents"}[script]
+    kept = tmp_path / "out" / "training" / f"{name}.safetensors"
+    write_safetensors({"image_embeds": torch.zeros(1, 1)}, kept)
+    prior = decoder_folder.with_name("kandinsky-2-2-prior")
+    movq = ["--movq", decoder_folder, *SMALL_UNET] if script == "train_decoder" else []
+    data = ["--data", write_folder(tmp_path / "pictures", 1), "--size", "16"]
+    assert run(script, "--clip", prior, *movq, *data, "--out", tmp_path / "out") == 2
+    assert "is not known to be made from the same" in capsys.readouterr().err
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [kept]
