@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from kandinsky.checkpoint import CheckpointError, write_safetensors
+from kandinsky.checkpoint import CheckpointError, temporaries, write_safetensors
 from kandinsky.datasets import Dataset, Samples, shuffled
 from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP
 from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
@@ -96,6 +96,8 @@ def build_cache(
         time.sleep(1)
     if path.exists():
         return Cache.read(path, seed, made_from)
+    for left in temporaries(path):  # of saves that were killed
+        left.unlink(missing_ok=True)
     from tqdm import tqdm
 
     parts: dict[str, list[Tensor]] = {}

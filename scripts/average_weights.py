@@ -27,7 +27,7 @@ def parse_args(argv=None):
 
 def read(folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
     """The name of the one safetensors file, and its tensors."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name[0] != ".")  # no killed save's
     if len(files) != 1:
         raise CheckpointError(f"{folder} holds {len(files)} safetensors files; one is needed")
     file = open_safetensors(files[0])

@@ -25,6 +25,7 @@ def folders(tmp_path):
 def test_the_mean_of_three_networks_loads(folders):
     config = json.loads((folders / "b" / "config.json").read_text())
     (folders / "b" / "config.json").write_text(json.dumps(config | {"_name_or_path": "somewhere"}))
+    (folders / "c" / ".diffusion_pytorch_mo.x1y2z3.safetensors").write_bytes(b"of a killed save")
     given = [folders / name for name in "abc"]
     assert run("average_weights", *map(str, given), "--out", str(folders / "mean")) == 0
     mean, parts = load_file(folders / "mean" / FILE), [load_file(folder / FILE) for folder in given]

@@ -912,6 +912,11 @@ def test_what_killed_saves_left_is_removed(tmp_path):
     left.write_bytes(b"half a state")
     Trainer(movq_objective(), Settings(1, 2), tmp_path).run(progress=False)
     assert not left.exists() and state(tmp_path)
+    left = tmp_path / ".cache.x1y2z3.safetensors"
+    left.write_bytes(b"half a cache")
+    encode = lambda samples: {"image_embeds": samples.pixels}  # noqa: E731
+    build_cache(Shapes(3, 16), 2, tmp_path / "cache.safetensors", encode, progress=False)
+    assert not left.exists() and Cache.read(tmp_path / "cache.safetensors")
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_no_weight(tmp_path):
