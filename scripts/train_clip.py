@@ -93,7 +93,8 @@ def make_teacher(args, config: CLIPImageConfig) -> ConvEncoder:
 
 
 def check_batch(size: int, count: int) -> None:
-    """Of a folder with so many pictures. A picture that is twice in a batch would be its own negative."""
+    """Of a folder with so many pictures. A picture that is twice in a batch is its own negative: in every
+    batch that is larger than the folder, in others at most where two rounds meet."""
     most = count // int(os.environ.get("WORLD_SIZE", 1))  # contrast is over all processes' batches
     if size > most:
         raise ValueError(f"--batch-size is {size}; contrast on these {count} pictures allows 1 to {most}")

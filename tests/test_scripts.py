@@ -305,7 +305,7 @@ def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["both", "text"])
-def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
+def test_a_batch_of_contrast_is_no_larger_than_its_folder(tmp_path, capsys, monkeypatch, stage):
     given = [
         "--data",
         write_folder(tmp_path / "pictures", 3),
@@ -318,6 +318,9 @@ def test_a_batch_of_contrast_has_no_picture_twice(tmp_path, capsys, stage):
     ]
     assert run("train_clip", "--stage", stage, *given, "--batch-size", "4") == 2
     assert "--batch-size is 4; contrast on these 3 pictures allows 1 to 3" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("train_clip", "--stage", stage, *given, "--batch-size", "2") == 2
+    assert "--batch-size is 2; contrast on these 3 pictures allows 1 to 1" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 
