@@ -39,12 +39,19 @@ class Cache:
             self.empty_text["ids"] = tensors["empty_ids"].long()[None]
 
     @classmethod
-    def read(cls, path: Path, seed: int = 0, made_from: dict[str, Any] | None = None) -> "Cache":
-        """made_from: what it must say of itself, else it is a CheckpointError."""
+    def read(
+        cls,
+        path: Path,
+        seed: int = 0,
+        made_from: dict[str, Any] | None = None,
+        unread: tuple[str, ...] = (),
+    ) -> "Cache":
+        """made_from: what it must say of itself, all but the names in unread; else a CheckpointError."""
         file = open_own(path)
         if made_from is not None:
             known = json.loads((file.metadata() or {}).get("made_from", "{}"))
-            others = [name for name in made_from | known if made_from.get(name) != known.get(name)]
+            names = (name for name in made_from | known if name not in unread)
+            others = [name for name in names if made_from.get(name) != known.get(name)]
             if others:
                 what = f"{path} is not known to be made from the same {', '.join(others)}"
                 raise CheckpointError(f"{what}; delete it, or choose another --out")
@@ -85,17 +92,19 @@ def build_cache(
     workers: int = 0,
     progress: bool = True,
     seed: int = 0,
-    **made_from: Any,
+    made_from: dict[str, Any] | None = None,
+    unread: tuple[str, ...] = (),
 ) -> Cache:
     """Encodes the first `count` samples and writes the file; an existing one is read instead.
     workers: processes that make the samples; 0: this one does. seed: of the order in which rows are read.
     made_from: what more the tensors depend on than data and count, for JSON; an existing file of other data
-    or another of these is a CheckpointError."""
-    made_from |= {"data": repr(data), "count": count}
+    or another of these is a CheckpointError. unread: names of these that may differ, as what depends on them
+    is not read."""
+    made_from = (made_from or {}) | {"data": repr(data), "count": count}
     while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():  # torchrun's first process encodes
         time.sleep(1)
     if path.exists():
-        return Cache.read(path, seed, made_from)
+        return Cache.read(path, seed, made_from, unread)
     for left in temporaries(path):  # of saves that were killed
         left.unlink(missing_ok=True)
     from tqdm import tqdm
@@ -126,6 +135,16 @@ def digest(*networks: nn.Module) -> str:
         for name, x in network.state_dict().items():
             found.update(name.encode())
             found.update(x.half().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Of those files of a tokenizer that say which ids a text has."""
+    found = hashlib.blake2b(digest_size=8)
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "sentencepiece.bpe.model"):
+        if (folder / name).exists():
+            found.update(name.encode())
+            found.update((folder / name).read_bytes())
     return found.hexdigest()
 
 

@@ -81,7 +81,8 @@ class PriorObjective(Objective):
         """Sets mean and standard deviation of each dimension, from data."""
         image_embeds = cache["image_embeds"].float()
         self.prior.clip_mean.copy_(image_embeds.mean(dim=0, keepdim=True))
-        std = image_embeds.std(dim=0, keepdim=True).nan_to_num()  # one picture has none
+        several = len(image_embeds) > 1  # one picture has a deviation of 0
+        std = image_embeds.std(dim=0, correction=int(several), keepdim=True)
         self.prior.clip_std.copy_(std.clamp(min=1e-4))
 
     def batch(self, indices: list[int]) -> dict[str, Any]:

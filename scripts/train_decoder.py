@@ -21,7 +21,7 @@ from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import UNetConfig
 from kandinsky.datasets import Dataset, Samples, with_holes
 from kandinsky.decoder_training import ROW, DecoderObjective, Painter, widen
-from kandinsky.embedding_cache import Cache, build_cache, digest, encode_decoder_texts
+from kandinsky.embedding_cache import Cache, build_cache, digest, encode_decoder_texts, tokenizer_digest
 from kandinsky.encoders import MultilingualCLIP
 from kandinsky.masks import keep_latents
 from kandinsky.prompts import MultilingualTokenizer
@@ -88,13 +88,14 @@ def known_latents(movq: MoVQ, samples: Samples) -> Tensor:
 
 def encode_data(args, data: Dataset, image_encoder, movq: MoVQ) -> Cache:
     device, texts, drawn, rng = movq.device, None, None, Random(args.seed)
-    made_from = {"task": args.task, "image tower": digest(image_encoder)}
+    made_from = {"task": args.task, "image tower": digest(image_encoder), "bf16": args.bf16}
     made_from["MoVQ encoder"] = digest(movq.encoder, movq.quant_conv)
     if reads_text(args):
         text_encoder = MultilingualCLIP.from_pretrained(args.init / "text_encoder", device=device)
         tokenizer = MultilingualTokenizer.from_pretrained(args.init / "tokenizer")
         texts = partial(encode_decoder_texts, text_encoder, tokenizer)
         made_from["text tower"] = digest(text_encoder)
+        made_from["tokenizer"] = tokenizer_digest(args.init / "tokenizer")
 
     def encode(samples) -> dict[str, Tensor]:
         pixels = samples.pixels.to(device)
@@ -123,7 +124,7 @@ def encode_data(args, data: Dataset, image_encoder, movq: MoVQ) -> Cache:
     number = args.count if args.data is None else rounds * len(data)
     path = args.out / "training" / "latents.safetensors"
     given = data, number, path, encode, args.encode_batch, args.workers
-    return build_cache(*given, seed=args.seed, **made_from)
+    return build_cache(*given, seed=args.seed, made_from=made_from)
 
 
 def is_for(config: UNetConfig, task: str) -> bool:

@@ -12,7 +12,7 @@ from kandinsky import Prior, cli, training_cli
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.config import PriorConfig
 from kandinsky.datasets import Dataset
-from kandinsky.embedding_cache import Cache, build_cache, digest, encode_texts
+from kandinsky.embedding_cache import Cache, build_cache, digest, encode_texts, tokenizer_digest
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.prior import Block
 from kandinsky.prior_training import PriorObjective, deepen
@@ -67,9 +67,9 @@ def encode_data(args) -> list[Cache]:
     image_encoder = load_image_encoder(args.clip).to(device)
     text_encoder = CLIPTextEncoder.from_pretrained(args.clip / "text_encoder", device=device)
     tokenizer = PromptTokenizer.from_pretrained(args.clip / "tokenizer")
-    made_from = {"image tower": digest(image_encoder)}
-    if not args.train_text:  # which reads the ids, and may change this very tower
-        made_from["text tower"] = digest(text_encoder)
+    made_from = {"image tower": digest(image_encoder), "text tower": digest(text_encoder), "bf16": args.bf16}
+    made_from["tokenizer"] = tokenizer_digest(args.clip / "tokenizer")
+    unread = ("text tower",) if args.train_text else ()  # which reads the ids, and may change this very tower
 
     def encode(samples) -> dict:
         pixels = clip_normalize(samples.pixels.to(device), image_encoder.config.image_size)
@@ -81,7 +81,7 @@ def encode_data(args) -> list[Cache]:
     def cache(name: str, samples: Dataset, count: int) -> Cache:
         path = args.out / "training" / f"embeddings-{name}.safetensors"
         given = samples, count, path, encode, args.encode_batch, args.workers
-        return build_cache(*given, seed=args.seed, **made_from)
+        return build_cache(*given, seed=args.seed, made_from=made_from, unread=unread)
 
     data = training_cli.data_of(args)
     if args.data is not None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import kandinsky
-from kandinsky import CLIPImageEncoder, Kandinsky, cli
+from kandinsky import CLIPImageEncoder, CLIPTextEncoder, Kandinsky, cli
 from kandinsky.checkpoint import write_safetensors
 from tests.test_training import write_folder
 
@@ -403,3 +403,27 @@ def test_a_run_whose_cache_is_refused_leaves_the_repository_as_it_is(
     assert run(script, "--clip", prior, *movq, *data, "--out", tmp_path / "out") == 2
     assert "is not known to be made from the same" in capsys.readouterr().err
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [kept]
+
+
+def test_a_prior_is_trained_on_a_cache_of_its_own_tokenizer_and_of_any_text_tower(
+    decoder_folder, tmp_path, capsys
+):
+    clip, out = tmp_path / "clip", tmp_path / "out"
+    shutil.copytree(decoder_folder.with_name("kandinsky-2-2-prior"), clip)
+    write_safetensors({"zero_image_embeds": torch.zeros(1, 32)}, clip / "zero_image_embeds.safetensors")
+    data = ["--data", write_folder(tmp_path / "pictures", 1), "--size", "16", "--steps", "1"]
+    given = ["--clip", clip, "--out", out, "--batch-size", "1", "--layers", "1", *data]
+    assert run("train_prior", *given) == 0
+    kept = (out / "training" / "embeddings-train.safetensors").stat().st_mtime_ns
+    (out / "training" / "state.safetensors").unlink()
+    tower = CLIPTextEncoder.from_pretrained(clip / "text_encoder").requires_grad_(False)
+    tower.text_projection.weight.mul_(2)
+    tower.save_pretrained(clip / "text_encoder")
+    assert run("train_prior", *given, "--train-text") == 0
+    assert (out / "training" / "embeddings-train.safetensors").stat().st_mtime_ns == kept
+    capsys.readouterr()
+    merges = clip / "tokenizer" / "merges.txt"
+    *lines, one, other = merges.read_text().splitlines()
+    merges.write_text("\n".join([*lines, other, one, ""]))
+    assert run("train_prior", *given, "--train-text", "--bf16") == 2
+    assert "is not known to be made from the same bf16, tokenizer; delete" in capsys.readouterr().err

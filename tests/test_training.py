@@ -383,7 +383,7 @@ def test_normalised_embeddings_have_mean_zero_and_variance_one():
     torch.testing.assert_close(prior.denormalize(x), cache["image_embeds"])
 
 
-@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.filterwarnings("error")
 def test_one_picture_can_be_normalised():
     cache = small_cache(1)
     objective = PriorObjective(ours(Prior, reference_prior()), UnCLIPScheduler(), cache, cache)
@@ -431,7 +431,7 @@ def test_a_cache_made_from_something_else_is_refused(tmp_path):
         path.unlink(missing_ok=True)
 
         def build(data=data, count=4, encoder=digest(movq)):
-            return build_cache(data, count, path, encode, progress=False, encoder=encoder)
+            return build_cache(data, count, path, encode, progress=False, made_from={"encoder": encoder})
 
         assert torch.equal(build()["image_embeds"], build()["image_embeds"])
         moved = Folder(shutil.copytree(tmp_path / "pictures", tmp_path / f"moved {data}"[:30]), 16)
