@@ -55,9 +55,11 @@ def parse_args(argv=None):
 
 def make_tokenizer(args, data) -> PromptTokenizer:
     folder = args.out / "tokenizer"
-    if args.init is not None and ((args.init / "tokenizer").is_dir() or "tokenizer" in STARTS[args.stage]):
+    is_new = not (folder / "vocab.json").exists()
+    has_one = args.init is not None and (args.init / "tokenizer").is_dir()
+    if (is_new and has_one) or (args.init is not None and "tokenizer" in STARTS[args.stage]):
         copy_folder(args.init / "tokenizer", folder)
-    elif not (folder / "vocab.json").exists():
+    elif is_new:
         count = CAPTIONS if args.data is None else len(data)
         write_tokenizer(data.captions(list(range(count))), folder)
     return PromptTokenizer.from_pretrained(folder)
@@ -83,7 +85,18 @@ def make_towers(args, vocab_size: int) -> tuple[CLIPImageEncoder, CLIPTextEncode
 def earlier_encoder(args) -> ConvEncoder | CLIPImageEncoder:
     """Whose embeddings are learnt: of a teacher in --out, else of --init, else of --out."""
     own = args.init is None or (args.out / "teacher").is_dir()
-    return load_image_encoder(args.out if own else args.init)
+    folder = args.out if own else args.init
+    if args.stage == "image" and not (folder / "teacher").is_dir():
+        raise ValueError(f"--stage image needs a teacher to learn from, and {folder} has none")
+    return load_image_encoder(folder)
+
+
+def check_width(args, earlier: ConvEncoder | CLIPImageEncoder, dim: int) -> None:
+    """dim: of the embeddings of the tower that learns."""
+    known = earlier.config.projection_dim
+    if known != dim:
+        what = f"--stage {args.stage} learns embeddings of {known} numbers, and its tower gives {dim}"
+        raise ValueError(f"{what}; choose --dim {known}, or another --init")
 
 
 def make_teacher(args, config: CLIPImageConfig) -> ConvEncoder:
@@ -105,13 +118,17 @@ def make_objective(args):
     if args.data is not None and args.stage in ("both", "text"):
         check_batch(args.batch_size, len(data))
     fresh = training_cli.fresh_data_of(args, data)
+    earlier = earlier_encoder(args) if args.stage in ("text", "image") else None
     tokenizer = make_tokenizer(args, data)
     image_encoder, text_encoder = make_towers(args, len(tokenizer))
+    if earlier is not None:
+        tower = image_encoder if args.stage == "image" else text_encoder
+        check_width(args, earlier, tower.config.projection_dim)
     scene = args.scene_weight if args.data is None else 0.0
     if args.stage == "image":
-        return TowerObjective(image_encoder, earlier_encoder(args), data, fresh)
+        return TowerObjective(image_encoder, earlier, data, fresh)
     if args.stage == "text":
-        weights, image_encoder = LossWeights(1, 0, 0, 0), earlier_encoder(args)
+        weights, image_encoder = LossWeights(1, 0, 0, 0), earlier
     elif args.stage == "teacher":
         weights = LossWeights(0, 0, args.picture_weight, scene)
         image_encoder = make_teacher(args, image_encoder.config)

@@ -427,3 +427,40 @@ def test_a_prior_is_trained_on_a_cache_of_its_own_tokenizer_and_of_any_text_towe
     merges.write_text("\n".join([*lines, other, one, ""]))
     assert run("train_prior", *given, "--train-text", "--bf16") == 2
     assert "is not known to be made from the same bf16, tokenizer; delete" in capsys.readouterr().err
+
+
+@pytest.fixture
+def clip_flags(tmp_path) -> list:
+    """A pair so small that a stage of one step takes a moment, learning nothing."""
+    data = ["--data", write_folder(tmp_path / "pictures", 2), "--size", "16", "--batch-size", "2"]
+    towers = ["--image-width", "32", "--image-layers", "1", "--text-layers", "1", "--dim", "32"]
+    return ["--steps", "1", "--learning-rate", "0", "--head-dim", "16", *data, *towers]
+
+
+def test_an_image_tower_needs_a_teacher_of_its_own_width(tmp_path, clip_flags, capsys):
+    pair, out, image = tmp_path / "pair", tmp_path / "out", ["--stage", "image"]
+    assert run("train_clip", "--out", pair, *clip_flags) == 0
+    capsys.readouterr()
+    for place in (["--out", pair], ["--init", pair, "--out", out]):
+        assert run("train_clip", *image, *place, *clip_flags) == 2
+        message = f"--stage image needs a teacher to learn from, and {pair} has none\n"
+        assert message in capsys.readouterr().err and not out.exists()
+    assert run("train_clip", "--stage", "teacher", "--out", out, *clip_flags) == 0
+    capsys.readouterr()
+    for stage in ("image", "text"):
+        assert run("train_clip", "--stage", stage, "--out", out, *clip_flags, "--dim", "48") == 2
+        message = f"--stage {stage} learns embeddings of 32 numbers, and its tower gives 48; choose --dim 32"
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["teacher", "image"])
+def test_a_stage_without_texts_keeps_the_tokenizer_that_is_there(tmp_path, clip_flags, stage):
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert run("train_clip", "--stage", "teacher", "--out", first, *clip_flags) == 0
+    assert run("train_clip", "--out", first, *clip_flags) == 0
+    shutil.copytree(first / "tokenizer", out / "tokenizer")
+    vocabulary = out / "tokenizer" / "vocab.json"
+    vocabulary.write_text(vocabulary.read_text() + "\n")
+    kept = vocabulary.read_bytes()
+    assert run("train_clip", "--stage", stage, "--init", first, "--out", out, *clip_flags) == 0
+    assert vocabulary.read_bytes() == kept
