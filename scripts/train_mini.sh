@@ -38,7 +38,9 @@ train train_prior --clip "$out/clip" --init "$out/prior" --out "$out/mini-prior"
 train train_clip --stage image --out "$out/clip" --steps 5000 --decay 0.5
 
 # 5. No further step: puts the finished tower and the finished autoencoder into the two repositories.
-train train_prior --clip "$out/clip" --init "$out/prior" --out "$out/mini-prior" --steps 1450 --train-text
+# Each --count is that of stage 3, whose encoded pictures are read.
+train train_prior --clip "$out/clip" --init "$out/prior" --out "$out/mini-prior" --count 50000 \
+    --steps 1450 --train-text
 train train_decoder --clip "$out/clip" --movq "$out/movq" --out "$out/mini-decoder" --count 30000 --steps 9000
 
 # 6. The same decoder for inpainting and for depth hints, from what the prior draws of the captions: a picture's own
