@@ -162,10 +162,10 @@ def contrast(image_embeds: Tensor, text_embeds: Tensor, scale: Tensor) -> tuple[
     image_embeds: (b, d). text_embeds: (m, d), the pictures' own first. -> the loss, and how often a picture's
     own caption is the nearest
     """
-    b, first = len(image_embeds), rank() * len(image_embeds)
+    b, start = len(image_embeds), rank() * len(image_embeds)
     images, texts = F.normalize(image_embeds, dim=1), F.normalize(text_embeds, dim=1)
     all_images, own, others = gather(images), gather(texts[:b]), gather(texts[b:])
-    target = torch.arange(first, first + b, device=images.device)
+    target = torch.arange(start, start + b, device=images.device)
     to_texts = scale * images @ torch.cat([own, others]).T
     to_images = scale * texts[:b] @ all_images.T
     loss = (F.cross_entropy(to_texts, target) + F.cross_entropy(to_images, target)) / 2

@@ -39,7 +39,7 @@ class Samples:
 
 class Dataset(Protocol):
     """Any number is a sample's: a finite data set goes round, each time in another order. Its repr tells it
-    from others."""
+    from others; without one of its own, its type's name does."""
 
     def load(self, indices: list[int]) -> Samples: ...
 

@@ -96,12 +96,16 @@ def build_cache(
     unread: tuple[str, ...] = (),
 ) -> Cache:
     """Encodes the first `count` samples and writes the file; an existing one is read instead.
+    Of the processes that torchrun started, the first of each machine does that, and the others wait for it.
     workers: processes that make the samples; 0: this one does. seed: of the order in which rows are read.
     made_from: what more the tensors depend on than data and count, for JSON; an existing file of other data
     or another of these is a CheckpointError. unread: names of these that may differ, as what depends on them
     is not read."""
-    made_from = (made_from or {}) | {"data": repr(data), "count": count}
-    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():  # torchrun's first process encodes
+    made_from = (made_from or {}) | {"data": name_of(data), "count": count}
+    parent = os.getppid()
+    while int(os.environ.get("LOCAL_RANK", 0)) and not path.exists():
+        if os.getppid() != parent:
+            raise ChildProcessError(f"{path} was not written, and what started this process has ended")
         time.sleep(1)
     if path.exists():
         return Cache.read(path, seed, made_from, unread)
@@ -122,6 +126,11 @@ def build_cache(
     tensors = {name: _joined(name, parts.pop(name)) for name in list(parts)}
     write_safetensors(tensors, path, {"made_from": json.dumps(made_from)})
     return Cache(tensors, seed)
+
+
+def name_of(data: Dataset) -> str:
+    """Its repr; of one without a repr of its own the type's name, as the other says where in memory it is."""
+    return type(data).__name__ if type(data).__repr__ is object.__repr__ else repr(data)
 
 
 def _joined(name: str, batches: list[Tensor]) -> Tensor:

@@ -275,7 +275,7 @@ class Trainer:
             losses.append(loss.detach())
         self._average_gradients()
         norm = nn.utils.clip_grad_norm_(self.weights.values(), settings.max_norm)
-        if not torch.stack([*losses, norm]).isfinite().all():  # on a GPU the step's one wait
+        if not torch.stack([*losses, norm]).isfinite().all():  # one wait for all batches
             numbers = f"the loss is {losses[-1].item()} and the gradient's norm {norm.item()}"
             raise FloatingPointError(f"{numbers} at step {self.step}; try a lower rate")
         for group in self.optimizer.param_groups:
@@ -408,8 +408,8 @@ def open_own(path: Path) -> Any:
     try:
         return open_safetensors(path)
     except CheckpointError as error:
-        what = str(error).removesuffix("; fetch it again")
-        raise CheckpointError(f"{what}; delete it to begin anew") from None
+        what, torn, _ = str(error).partition("; fetch it again")
+        raise CheckpointError(f"{what}; delete it to begin anew" if torn else what) from None
 
 
 def to_device(value: Any, device: str) -> Any:

@@ -126,7 +126,7 @@ def settings_of(args: Namespace) -> Settings:
 def shapes_of(args: Namespace, hints: bool = False) -> Shapes:
     if args.object_weights is not None and args.data is not None:
         raise ValueError("--object-weights is for kandinsky.shapes, and goes without --data")
-    weights = tuple(args.object_weights or OBJECT_WEIGHTS)
+    weights = tuple(map(float, args.object_weights or OBJECT_WEIGHTS))  # a cache tells 9 from 9.0
     return Shapes(args.seed, args.size, hints=hints, object_weights=weights)
 
 

@@ -62,7 +62,11 @@ def parse_args(argv=None):
         "known pixels nothing to say",
     )
     parser.add_argument(
-        "--samples", type=int, choices=range(0, 49, ROW), default=48, help="pictures to draw; 0: none"
+        "--samples",
+        type=int,
+        choices=range(0, 49, ROW),
+        default=48,
+        help="pictures of text2img, 2.2, to draw; 0: none",
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float16", help="of the written U-Net")
     training_cli.add_cache_flags(parser)

@@ -49,6 +49,7 @@ from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_lo
 from kandinsky.prior_training import PriorObjective, deepen, prior_loss
 from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
+from kandinsky.shapes import OBJECT_WEIGHTS
 from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize, save_as
 from kandinsky.unet import AttentionBlock, ResnetBlock
 from kandinsky.vocabulary import END, START, write_tokenizer
@@ -904,6 +905,39 @@ def test_of_a_torn_state_it_is_said_what_to_do(tmp_path):
     for read in (lambda: Trainer(movq_objective(), Settings(1, 2), tmp_path), lambda: Cache.read(path)):
         with pytest.raises(ValueError, match=r"is not a whole .*\); delete it to begin anew$"):
             read()
+
+
+def test_what_is_missing_is_not_to_be_deleted(tmp_path):
+    with pytest.raises(ValueError, match="no such file: .*gone$"):
+        Cache.read(tmp_path / "gone")
+
+
+def test_a_data_set_without_a_repr_is_told_by_its_type(tmp_path):
+    class Own:
+        load = staticmethod(Shapes(3, 16).load)
+
+    encode = lambda samples: {"image_embeds": samples.pixels}  # noqa: E731
+    for _ in range(2):
+        build_cache(Own(), 2, tmp_path / "cache", encode, progress=False)
+    with pytest.raises(ValueError, match="made from the same data;"):
+        build_cache(Shapes(3, 16), 2, tmp_path / "cache", encode, progress=False)
+
+
+def test_whole_object_weights_are_the_same_data_set_given_or_not():
+    parser = ArgumentParser()
+    training_cli.add_training_flags(parser)
+    given = [[], ["--object-weights", *map(str, map(int, OBJECT_WEIGHTS))]]
+    sets = [training_cli.data_of(parser.parse_args(["--out", "no", *more])) for more in given]
+    assert repr(sets[0]) == repr(sets[1])
+
+
+def test_the_wait_for_the_first_process_ends_with_what_started_both(tmp_path, monkeypatch):
+    parents = iter([1, 1, 2])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(embedding_cache.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(embedding_cache.time, "sleep", lambda seconds: None)
+    with pytest.raises(OSError, match="was not written, and what started this process has ended"):
+        build_cache(Shapes(3, 16), 2, tmp_path / "cache", dict, progress=False)
 
 
 def test_what_killed_saves_left_is_removed(tmp_path):
