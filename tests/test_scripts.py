@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import kandinsky
-from kandinsky import CLIPImageEncoder, CLIPTextEncoder, Kandinsky, cli
+from kandinsky import CLIPImageEncoder, CLIPTextEncoder, Kandinsky, cli, training_cli
 from kandinsky.checkpoint import write_safetensors
+from kandinsky.clip_training import ConvEncoder, load_image_encoder
+from kandinsky.embedding_cache import digest
 from tests.test_training import write_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -289,7 +291,7 @@ def test_a_network_that_changes_its_shape_is_not_written_over(decoder_folder, ca
     assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
 
 
-def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path):
+def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path, monkeypatch):
     """At a rate of zero each writes the weights that it was given, on the teacher's embeddings."""
     first, data = tmp_path / "first", ["--data", write_folder(tmp_path / "pictures", 2), "--size", "16"]
     towers = ["--image-width", "32", "--image-layers", "1", "--text-layers", "1", "--dim", "32"]
@@ -297,11 +299,21 @@ def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path):
     assert run("train_clip", "--stage", "both", "--out", first, *short, "--seed", "5") == 0
     assert run("train_clip", "--stage", "teacher", "--out", first, *short, "--seed", "5") == 0
     stages = {"teacher": "teacher", "text": "text_encoder", "image": "image_encoder"}
+    trained, train = [], training_cli.train
+
+    def train_and_keep(objective, *given, **named) -> None:
+        trained.append(objective)
+        train(objective, *given, **named)
+
+    monkeypatch.setattr(training_cli, "train", train_and_keep)
     for stage, part in stages.items():
         out = tmp_path / stage
         assert run("train_clip", "--stage", stage, "--init", first, "--out", out, *short) == 0
         file = f"{part}/model.safetensors"
         assert (out / file).read_bytes() == (first / file).read_bytes(), stage
+    teacher = load_image_encoder(first)
+    for found in (trained[0].image_encoder, trained[1].image_encoder, trained[2].teacher):
+        assert isinstance(found, ConvEncoder) and digest(found) == digest(teacher)
 
 
 @pytest.mark.parametrize("stage", ["both", "text"])
