@@ -119,8 +119,10 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
             raise OSError(f"{path} was not written: {error}") from error
 
 
-def open_safetensors(path: Path, device: str | torch.device = "cpu") -> Any:
+def open_safetensors(path: Path, device: str | torch.device = "cpu", if_torn: str = "fetch it again") -> Any:
     """Opens a safetensors file to be read tensor by tensor; memory stays the file's own until written to.
+
+    if_torn: what to do about one that is cut short or garbage, for the error.
 
     Raises:
         CheckpointError: a missing, truncated or garbage file, or a pickle under a wrong name.
@@ -135,7 +137,7 @@ def open_safetensors(path: Path, device: str | torch.device = "cpu") -> Any:
         if _is_pickle(path):
             message = f"{path} is a pickle, which is never loaded here; {_how_to_convert(path)}"
             raise CheckpointError(message) from None
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}); {if_torn}") from None
 
 
 def _is_pickle(path: Path) -> bool:

@@ -141,6 +141,16 @@ def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None
         return _write(pictures, args, pipe.seeds, described, settings)
 
 
+def write(
+    name: Path, size: tuple[int, int], overwrite: bool, save: Callable[..., None], instead: str = ".png"
+) -> Path:
+    """Saves pictures of a size under a free name; returns it. What takes the place of a name whose format has
+    no pictures so large overwrites nothing: nobody named it."""
+    fitting = images.fitting_name(name, size, instead)
+    overwrite = overwrite and fitting == name
+    return cli.write_free(fitting, overwrite, partial(save, overwrite=overwrite))
+
+
 def _write(
     pictures: list[Image.Image],
     args: Namespace,
@@ -161,10 +171,7 @@ def _write(
             texts = metadata.texts(described | {"index": number}, picture.size)
             if problem:  # `parameters` alone is kept
                 del texts[metadata.KEY]
-        fitting = images.fitting_name(name, picture.size)
-        overwrite = args.overwrite and fitting == name
-        save = partial(images.save_image, picture, overwrite=overwrite, texts=texts)
-        path = cli.write_free(fitting, overwrite, save)
+        path = write(name, picture.size, args.overwrite, partial(images.save_image, picture, texts=texts))
         print(f"{path} (seed {seeds[number % len(seeds)]})")
         paths.append(path)
     return paths

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from kandinsky.checkpoint import CheckpointError, temporaries, write_safetensors
+from kandinsky.checkpoint import CheckpointError, open_safetensors, temporaries, write_safetensors
 from kandinsky.datasets import Dataset, Samples, shuffled
 from kandinsky.encoders import CLIPTextEncoder, MultilingualCLIP
 from kandinsky.prompts import MultilingualTokenizer, PromptTokenizer
-from kandinsky.training import open_own
+from kandinsky.training import IF_TORN
 
 Encode = Callable[[Samples], dict[str, Tensor]]  # samples -> tensors of as many rows
 
@@ -47,7 +47,7 @@ class Cache:
         unread: tuple[str, ...] = (),
     ) -> "Cache":
         """made_from: what it must say of itself, all but the names in unread; else a CheckpointError."""
-        file = open_own(path)
+        file = open_safetensors(path, if_torn=IF_TORN)
         if made_from is not None:
             known = json.loads((file.metadata() or {}).get("made_from", "{}"))
             names = (name for name in made_from | known if name not in unread)

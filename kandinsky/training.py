@@ -39,6 +39,7 @@ from kandinsky.optimize import is_optimized
 
 DROPPED = 0.1  # share of samples without text or image embedding (arXiv:2204.06125 §2.1 and §2.2)
 LEAST = 1e-9  # of what must not be zero
+IF_TORN = "delete it to begin anew"  # of what a training wrote: it is not to be had elsewhere
 STATE, METRICS, WRITTEN = "state.safetensors", "metrics.jsonl", "written.json"
 
 
@@ -335,7 +336,7 @@ class Trainer:
     def load(self) -> None:
         """Takes up the state of the folder; one of another objective is a CheckpointError."""
         path = self.folder / STATE
-        file = open_own(path)
+        file = open_safetensors(path, if_torn=IF_TORN)
         kinds = ("weights", "average", "exp_avg", "exp_avg_sq")
         wanted = {f"{kind}.{name}": p.shape for name, p in self.weights.items() for kind in kinds}
         found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -401,15 +402,6 @@ class Trainer:
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def open_own(path: Path) -> Any:
-    """A safetensors file that a training wrote: one that is torn is not to be had elsewhere."""
-    try:
-        return open_safetensors(path)
-    except CheckpointError as error:
-        what, torn, _ = str(error).partition("; fetch it again")
-        raise CheckpointError(f"{what}; delete it to begin anew" if torn else what) from None
 
 
 def to_device(value: Any, device: str) -> Any:

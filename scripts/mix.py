@@ -100,18 +100,16 @@ def main(argv=None) -> int:
         pipe.check("text2img", embeds=drawing.any_embeds(pipe, 1, has_negative), **asked)
         if call["frames"] is None:
             return draw_mixture(pipe, call, inputs)
-        for frame in draw_frames(pipe, call, inputs):
+        for frame in draw_frames(pipe, call, inputs):  # one by one: a run that is stopped keeps them
             frames.append(frame)
         return [images.grid(frames, math.ceil(math.sqrt(len(frames))))]
 
     try:
         drawing.draw("mix", call, args, settings, run)
-    finally:  # of a run that was stopped, too, what there is
+    finally:
         if frames:
-            fitting = images.fitting_name(args.animation, frames[0].size, ".gif")
-            overwrite = args.overwrite and fitting == args.animation
-            save = partial(images.save_animation, frames, overwrite=overwrite)
-            print(cli.write_free(fitting, overwrite, save))
+            save = partial(images.save_animation, frames)
+            print(drawing.write(args.animation, frames[0].size, args.overwrite, save, ".gif"))
     return 0
 
 
