@@ -196,8 +196,9 @@ def _trace_decoder(pipe: Kandinsky, found: Trace, embeds: ImageEmbeds, call: dic
 
 def _frames(pipe: Kandinsky, found: Trace, clean: dict[int, Tensor]) -> list[Frame]:
     """What the clean latents of some steps look like."""
-    decode = lambda movq: torch.cat([movq.decode(z[:1]) for z in clean.values()])  # noqa: E731
-    pixels = images.to_unit_range(pipe.in_movq(decode, "a frame", without=TO_ENCODE))
+    x = torch.cat([z[:1] for z in clean.values()])
+    decoded = pipe.in_movq(lambda movq, x: movq.decode(x), x, 1, "a frame", without=TO_ENCODE)
+    pixels = images.to_unit_range(decoded)
     pictures = images.to_pil(images.crop_to(pixels, *reversed(found.picture.size)))
     return [Frame(index, found.decoder_timesteps[index], p) for index, p in zip(clean, pictures)]
 

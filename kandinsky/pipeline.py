@@ -12,6 +12,7 @@ order:
     Parts       the folders, and the networks that are read from them (parts.py)
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from kandinsky.sampling import ImageEmbeds, Noise, Step, sample_inpainting, samp
 from kandinsky.schedulers import DDPMScheduler
 from kandinsky.unet import UNet
 
+# of the pictures that go through MoVQ at once: its maps take 1 GiB for so many in float32, and more at once
+# take a CPU longer
+PIXELS_IN_MOVQ = 512 * 512
 # a task's decoder loop with all but these given: (unet, image_embeds, x, draw) -> steps
 Loop = Callable[[UNet, Tensor, Tensor, Callable[[], Tensor]], Iterator[Step]]
 
@@ -354,7 +358,8 @@ class Kandinsky(Requests):
         resized = [images.resize(x, *request.size) for x in request.pictures]
         fitted = [images.pad_to(x, *request.full_size) for x in resized]
         pixels = 2 * torch.stack(fitted).to(self.device) - 1
-        z = self.in_movq(lambda movq: movq.encode(pixels), "the encoded picture")
+        rows = _rows_in_movq(request)
+        z = self.in_movq(lambda movq, pixels: movq.encode(pixels), pixels, rows, "the encoded picture")
         return request.rows(list(z))
 
     def _finish(
@@ -363,19 +368,36 @@ class Kandinsky(Requests):
         """Latents as the output type wants them. retouch: is done to the pixels, (b, 3, h, w) in [0, 1]"""
         if x is None or request.output_type == "latent":
             return x
-        pixels = self.in_movq(lambda movq: movq.decode(x), "the decoded picture", without=TO_ENCODE)
+        rows, what = _rows_in_movq(request), "the decoded picture"
+        pixels = self.in_movq(lambda movq, x: movq.decode(x), x, rows, what, without=TO_ENCODE)
         pixels = images.crop_to(images.to_unit_range(pixels), *request.size)
         pixels = pixels if retouch is None else retouch(pixels)
         return images.to_pil(pixels) if request.output_type == "pil" else pixels
 
-    def in_movq(self, compute: Callable[[MoVQ], Tensor], what: str, without: tuple[str, ...] = ()) -> Tensor:
-        """compute(movq); where float16 overflows once more in float32, as the steps before would be lost."""
+    def in_movq(
+        self,
+        compute: Callable[[MoVQ, Tensor], Tensor],
+        x: Tensor,
+        rows: int,
+        what: str,
+        without: tuple[str, ...] = (),
+    ) -> Tensor:
+        """compute(movq, x), a few rows at a time; where float16 overflows once more in float32, as the steps
+        before would be lost."""
+
+        def all_rows(movq: MoVQ) -> Tensor:
+            return torch.cat([compute(movq, part) for part in x.split(rows)])
+
         with self.using("movq", without) as movq:
-            out = compute(movq)
+            out = all_rows(movq)
             if movq.dtype == torch.float16 and not out.isfinite().all():
                 try:
-                    out = compute(movq.float())
+                    out = all_rows(movq.float())
                 finally:
                     movq.half()  # every weight is again what it was
         self._check_finite(out, what)
         return out
+
+
+def _rows_in_movq(request: Request) -> int:
+    return max(1, PIXELS_IN_MOVQ // math.prod(request.full_size))

@@ -626,3 +626,16 @@ def test_each_checkpoint_does_its_tasks_and_names_the_one_for_others(pipe, inpai
     for pipeline, task, given, message in cases:
         with pytest.raises(CheckpointError, match=message):
             getattr(pipeline, task)(PROMPT, **given)
+
+
+def test_a_few_pictures_at_a_time_go_through_movq(pipe, monkeypatch):
+    rows, size = [], {"height": 14, "width": 30}  # padded to 16 × 32
+    given = {"prompt": PROMPT, "image": [picture(16, 16, seed=i) for i in range(3)], "strength": 0, **size}
+    given |= {"num_images_per_prompt": 2, "output_type": "pt"}
+    at_once = pipe.img2img(**given)
+    for half in (pipe.movq.encoder, pipe.movq.decoder):
+        half.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for pixels, wanted in ((2 * 16 * 32 + 1, [2, 1, 2, 2, 2]), (100, [1] * 9)):
+        monkeypatch.setattr("kandinsky.pipeline.PIXELS_IN_MOVQ", pixels)
+        rows.clear()
+        assert relative_l2(pipe.img2img(**given), at_once) <= 1e-5 and rows == wanted
