@@ -116,6 +116,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 def add_sampling_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
+    batch_help = "pictures to draw at a time; those of a batch are written before the next is drawn"
+    parser.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help=batch_help)
     add_loop_flags(parser)
     add_approximate_flags(parser)
 

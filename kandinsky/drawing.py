@@ -1,12 +1,13 @@
 """What the drawing scripts share: from flags, or a picture's settings, to a call, and from it to files."""
 
+import itertools
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -20,7 +21,51 @@ _BESIDE_FROM_PNG = {"from_png", "image", "mask", "hint", "lora", "weights", "pri
 _BESIDE_FROM_PNG |= {"out", "overwrite", "no_metadata", "animation"}
 _FLAGS = {"image": "--image", "mask_image": "--mask", "hint": "--hint", "lora": "--lora"}
 
-Run = Callable[[Kandinsky, dict[str, Any], dict[str, list[Image.Image]]], list[Image.Image]]
+Inputs = dict[str, list[Image.Image]]
+
+
+class Job(NamedTuple):
+    """What a script draws."""
+
+    # raises what is wrong with a call, before weights are read
+    check: Callable[[Kandinsky, dict[str, Any], Inputs], None]
+    # draws it, or a batch of it
+    run: Callable[[Kandinsky, dict[str, Any], Inputs], list[Image.Image]]
+
+
+class Batch(NamedTuple):
+    """A part of a call, which is a call by itself."""
+
+    prompts: slice
+    images_per_prompt: int
+    seeds: list[int]
+
+    def of(self, items: list) -> list:
+        """Of the call's prompts, or of its pictures of a kind, this batch's; one alone goes with all."""
+        return items if len(items) == 1 else items[self.prompts]
+
+    def call(self, whole: dict[str, Any]) -> dict[str, Any]:
+        """The whole call's arguments, for this batch."""
+        prompts = whole["prompt"] and self.of(whole["prompt"])
+        own = {"prompt": prompts, "num_images_per_prompt": self.images_per_prompt, "seed": self.seeds}
+        return whole | own
+
+    def settings(self, whole: dict[str, Any]) -> dict[str, Any]:
+        """What `metadata.describe` tells of the whole call, for this batch."""
+        inputs = {n: files if n == "lora" else self.of(files) for n, files in whole["inputs"].items()}
+        return whole | {"call": self.call(whole["call"]), "inputs": inputs}
+
+
+def batches(num_prompts: int, images_per_prompt: int, seeds: list[int], size: int) -> Iterator[Batch]:
+    """A call's images, prompt by prompt, in batches of at most `size`."""
+    prompts_at_once, most = max(1, size // images_per_prompt), min(size, images_per_prompt)
+    seeds = iter(seeds)
+    for start in range(0, num_prompts, prompts_at_once):
+        count = min(prompts_at_once, num_prompts - start)
+        prompts = slice(None) if count == num_prompts else slice(start, start + count)
+        for first in range(0, images_per_prompt, most):
+            images = min(most, images_per_prompt - first)
+            yield Batch(prompts, images, list(itertools.islice(seeds, count * images)))
 
 
 def parse(parser: cli.OneLineParser, task: str, argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
@@ -91,13 +136,16 @@ def call_of(args: Namespace) -> dict[str, Any]:
     }
 
 
-def run_task(task: str) -> Run:
+def job(task: str) -> Job:
     """Calls the pipeline's method; one picture goes with every prompt, several go one with each."""
 
-    def run(pipe: Kandinsky, call: dict[str, Any], inputs: dict[str, list[Image.Image]]) -> list[Image.Image]:
+    def check(pipe: Kandinsky, call: dict[str, Any], inputs: Inputs) -> None:
+        pipe.check(task, **call, **inputs)
+
+    def run(pipe: Kandinsky, call: dict[str, Any], inputs: Inputs) -> list[Image.Image]:
         return getattr(pipe, task)(**call, **inputs, progress=True)
 
-    return run
+    return Job(check, run)
 
 
 def beside_embeds(pipe: Kandinsky, call: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +159,8 @@ def any_embeds(pipe: Kandinsky, count: int, has_negative: bool = False) -> Image
     return ImageEmbeds(rows, rows if has_negative else None)
 
 
-def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None, run: Run) -> list[Path]:
-    """Opens the checkpoint, draws and writes; prints a line for each picture.
+def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None, job: Job) -> None:
+    """Opens the checkpoint, draws and writes batch by batch; prints a line for each picture.
 
     Args:
         call: the arguments, or with settings those of the picture to be made again.
@@ -128,6 +176,7 @@ def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None
     pipe = Kandinsky.from_pretrained(decoder, args.prior, args.device, dtype, keep_loaded)
     if settings is not None:
         _compare(settings, pipe, files)
+    job.check(pipe, call, inputs)
     for path in args.lora or []:
         pipe.load_lora(path, args.lora_scale)
     if args.optimize:
@@ -137,8 +186,28 @@ def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None
         if images.check_suffix(args.out) == "PNG" and not args.no_metadata:
             # before it is drawn: files may be moved meanwhile
             described = metadata.describe(pipe, task, call, 0, files, args.lora_scale)
-        pictures = run(pipe, call, inputs)
-        return _write(pictures, args, pipe.seeds, described, settings)
+        parts = _batches(task, call, inputs, args.batch_size) if settings is None else [_whole(call)]
+        total = 1 if settings is not None else sum(len(part.seeds) for part in parts)
+        names = iter(cli.numbered(args.out, total))
+        for part in parts:
+            own = {name: part.of(items) for name, items in inputs.items()}
+            drawn = dict(enumerate(job.run(pipe, part.call(call), own)))
+            if settings is not None:
+                drawn = {settings["index"]: drawn[settings["index"]]}
+            _write(drawn, part.seeds, described and part.settings(described), names, args)
+
+
+def _batches(task: str, call: dict[str, Any], inputs: Inputs, size: int) -> list[Batch]:
+    """Of a call that was checked; draws its seeds."""
+    # a mixture's prompts and pictures are one thing to draw
+    lists = [] if task == "mix" else [call["prompt"] or [], *inputs.values()]
+    num_prompts, images_per_prompt = max(map(len, lists), default=1), call["num_images_per_prompt"]
+    seeds = arguments.seeds(call["seed"], num_prompts * images_per_prompt)
+    return list(batches(num_prompts, images_per_prompt, seeds, size))
+
+
+def _whole(call: dict[str, Any]) -> Batch:
+    return Batch(slice(None), call["num_images_per_prompt"], call["seed"])
 
 
 def write(
@@ -152,29 +221,25 @@ def write(
 
 
 def _write(
-    pictures: list[Image.Image],
-    args: Namespace,
+    pictures: dict[int, Image.Image],
     seeds: list[int],
     described: dict | None,
-    settings: dict | None,
-) -> list[Path]:
-    numbers = range(len(pictures)) if settings is None else [settings["index"]]
-    if described is not None:
-        described["call"] = described["call"] | {"seed": seeds}
-        problem = metadata.problem(described)
-        if problem:
-            warnings.warn(f"the picture cannot be made again from its PNG: {problem}", stacklevel=2)
-    paths = []
-    for number, name in zip(numbers, cli.numbered(args.out, len(numbers))):
-        picture, texts = pictures[number], None
+    names: Iterator[Path],
+    args: Namespace,
+) -> None:
+    """Writes a call's pictures, by their numbers in it, and what makes them again."""
+    problem = described and metadata.problem(described)
+    if problem:
+        warnings.warn(f"the picture cannot be made again from its PNG: {problem}", stacklevel=2)
+    for number, picture in pictures.items():
+        texts = None
         if described is not None:
             texts = metadata.texts(described | {"index": number}, picture.size)
             if problem:  # `parameters` alone is kept
                 del texts[metadata.KEY]
-        path = write(name, picture.size, args.overwrite, partial(images.save_image, picture, texts=texts))
+        save = partial(images.save_image, picture, texts=texts)
+        path = write(next(names), picture.size, args.overwrite, save)
         print(f"{path} (seed {seeds[number % len(seeds)]})")
-        paths.append(path)
-    return paths
 
 
 def _compare(settings: dict, pipe: Kandinsky, files: dict[str, list[Path]]) -> None:

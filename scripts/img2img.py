@@ -28,7 +28,7 @@ def main(argv=None) -> int:
     else:
         prompts = drawing.need_prompts(args)
         call = {"prompt": prompts, **drawing.call_of(args), "strength": args.strength}
-    drawing.draw("img2img", call, args, settings, drawing.run_task("img2img"))
+    drawing.draw("img2img", call, args, settings, drawing.job("img2img"))
     return 0
 
 

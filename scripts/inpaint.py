@@ -39,7 +39,7 @@ def main(argv=None) -> int:
             "grow_mask": args.grow_mask,
             "feather_mask": args.feather_mask,
         }
-    drawing.draw("inpaint", call, args, settings, drawing.run_task("inpaint"))
+    drawing.draw("inpaint", call, args, settings, drawing.job("inpaint"))
     return 0
 
 

@@ -66,6 +66,14 @@ def mix(pipe, call: dict, inputs: dict, weights: list[float]) -> ImageEmbeds:
     )
 
 
+def check(pipe, call, inputs):
+    has_negative = bool(call["negative_prompt"]) or call["negative_prior_prompt"] is not None
+    asked = decoder_call(call) | drawing.beside_embeds(pipe, call)
+    more = ("num_images_per_prompt", "prior_num_inference_steps", "prior_guidance_scale")
+    asked |= {name: call[name] for name in more}
+    pipe.check("text2img", embeds=drawing.any_embeds(pipe, 1, has_negative), **asked)
+
+
 def draw_mixture(pipe, call, inputs):
     embeds, words = mix(pipe, call, inputs, call["weights"]), drawing.beside_embeds(pipe, call)
     return pipe.text2img(**words, embeds=embeds, seed=pipe.seeds, **decoder_call(call), progress=True)
@@ -93,11 +101,6 @@ def main(argv=None) -> int:
     frames = []
 
     def run(pipe, call, inputs):
-        has_negative = bool(call["negative_prompt"]) or call["negative_prior_prompt"] is not None
-        asked = decoder_call(call) | drawing.beside_embeds(pipe, call)
-        more = ("num_images_per_prompt", "prior_num_inference_steps", "prior_guidance_scale")
-        asked |= {name: call[name] for name in more}
-        pipe.check("text2img", embeds=drawing.any_embeds(pipe, 1, has_negative), **asked)
         if call["frames"] is None:
             return draw_mixture(pipe, call, inputs)
         for frame in draw_frames(pipe, call, inputs):  # one by one: a run that is stopped keeps them
@@ -105,7 +108,7 @@ def main(argv=None) -> int:
         return [images.grid(frames, math.ceil(math.sqrt(len(frames))))]
 
     try:
-        drawing.draw("mix", call, args, settings, run)
+        drawing.draw("mix", call, args, settings, drawing.Job(check, run))
     finally:
         if frames:
             save = partial(images.save_animation, frames)

@@ -18,13 +18,19 @@ def make_parser():
     return parser
 
 
-def vary(pipe, call, inputs):
+def check_variations(pipe, call, inputs):
     words = drawing.beside_embeds(pipe, call)
     if call["negative_prompt"] is not None and not words:
         raise ValueError("--negative-prompt goes with a prompt; variations of a picture take none")
-    pictures, call = inputs.pop("image"), call | inputs | words
-    pipe.check("text2img", embeds=drawing.any_embeds(pipe, len(pictures)), **call)
-    return pipe.text2img(embeds=ImageEmbeds(pipe.embed_image(pictures)), **call, progress=True)
+    hints = {name: items for name, items in inputs.items() if name != "image"}
+    embeds = drawing.any_embeds(pipe, len(inputs["image"]))
+    pipe.check("text2img", embeds=embeds, **call | hints | words)
+
+
+def vary(pipe, call, inputs):
+    call = call | inputs | drawing.beside_embeds(pipe, call)
+    embeds = ImageEmbeds(pipe.embed_image(call.pop("image")))
+    return pipe.text2img(embeds=embeds, **call, progress=True)
 
 
 @cli.one_line_errors
@@ -38,8 +44,8 @@ def main(argv=None) -> int:
         call = {"prompt": None, **drawing.call_of(args)}
     else:
         call = {"prompt": drawing.need_prompts(args), **drawing.call_of(args)}
-    run = vary if args.image else drawing.run_task("text2img")
-    drawing.draw("text2img", call, args, settings, run)
+    job = drawing.Job(check_variations, vary) if args.image else drawing.job("text2img")
+    drawing.draw("text2img", call, args, settings, job)
     return 0
 
 

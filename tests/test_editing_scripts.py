@@ -233,6 +233,7 @@ def test_every_flag_that_changes_a_picture_is_in_its_settings():
     named = {"num_images": "num_images_per_prompt", "steps": "num_inference_steps", "mask": "mask_image"}
     named |= {"prior_steps": "prior_num_inference_steps", "no_keep_unmasked": "keep_unmasked"}
     named |= {
+        "batch_size": "num_images_per_prompt",
         "optimize": "optimisation",
         "mix_weights": "weights",
         "weights": "checkpoint",

@@ -217,7 +217,7 @@ def test_help_explains_every_flag(capsys, script, more):
     flags = (
         """--negative-prompt --seed --num-images --steps --prior-steps --guidance-scale --height --width
         --prior-guidance-scale --out --overwrite --device --dtype --weights --prior --from-png --no-metadata
-        --low-memory --optimize""".split()
+        --low-memory --optimize --batch-size""".split()
         + more.split()
     )
     shown = capsys.readouterr().out
