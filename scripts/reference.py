@@ -4,6 +4,8 @@ Needs the test extra, `pip install -e '.[test]'`, imported when used.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +35,11 @@ def reference_for(model: nn.Module) -> nn.Module:
     try:
         import diffusers
         import transformers
-        from accelerate import init_empty_weights
     except ImportError as error:
         raise ValueError(f"{error.name} is needed to compare with; pip install -e '.[test]'") from None
 
     published = model.config.published()
-    with init_empty_weights():  # leaves buffers that are in no file real
+    with parameters_without_memory():
         if isinstance(model, (CLIPTextEncoder, CLIPImageEncoder)):
             kind = "Text" if isinstance(model, CLIPTextEncoder) else "Vision"
             config = getattr(transformers, f"CLIP{kind}Config")(**published)
@@ -50,6 +51,21 @@ def reference_for(model: nn.Module) -> nn.Module:
         else:
             reference = getattr(diffusers, published["_class_name"]).from_config(published)
     return share(reference, model).eval()
+
+
+@contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """For networks whose parameters are given afterwards. Buffers are real, as some are in no file."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
+
+    nn.Module.register_parameter = without_memory
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def share(reference: nn.Module, model: nn.Module) -> nn.Module:

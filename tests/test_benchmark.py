@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from kandinsky import Prior
 from kandinsky.cli import WEIGHTS
+from kandinsky.random_weights import SIZES, randomize
 from tests.test_scripts import load, run
 
 
@@ -100,6 +102,18 @@ def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, 
         "of the embedded checkpoint none are asked"
     )
     assert run("benchmark", "cuda", "--quick") == 2
+
+
+def test_a_reference_has_our_weights_and_its_own_buffers_and_needs_no_accelerate(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with torch.device("meta"):
+        prior = Prior(SIZES["small"].prior)
+    prior = randomize(prior.to_empty(device="cpu"))
+    reference = load("reference").reference_for(prior)
+    for name, parameter in reference.named_parameters():
+        assert parameter.data_ptr() == prior.get_parameter(name).data_ptr(), name
+    assert not any(buffer.is_meta for buffer in reference.buffers())
+    assert not nn.Linear(1, 1).weight.is_meta
 
 
 def test_whose_networks_are_compiled_is_named_behind_the_kind(capsys):
