@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from kandinsky.packed import available, can_pack
@@ -50,6 +52,18 @@ def norms(model: nn.Module) -> dict[str, tuple[float, int]]:
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels).convert(mode)
+
+
+def half_mask(height: int = 32, width: int = 48) -> np.ndarray:
+    """White in a box that touches no grid of latents."""
+    mask = np.zeros((height, width), dtype=np.float32)
+    mask[height // 4 + 1 : height - 7, width // 3 - 1 : width - 10] = 1
+    return mask
 
 
 @contextmanager

@@ -9,10 +9,8 @@ import torch
 
 from kandinsky import Kandinsky, fused, images
 from kandinsky.optimize import optimize
-from tests.helpers import randn, relative_l2
+from tests.helpers import half_mask, picture, randn, relative_l2
 from tests.small import EMBEDDING_DIM
-from tests.test_images import picture
-from tests.test_tasks import half_mask
 
 pytestmark = [
     pytest.mark.gpu,

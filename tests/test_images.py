@@ -14,11 +14,7 @@ from transformers import CLIPImageProcessor
 
 from kandinsky import cli, images
 from kandinsky.checkpoint import atomic_file
-
-
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(levels).convert(mode)
+from tests.helpers import picture
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])

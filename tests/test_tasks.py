@@ -30,19 +30,11 @@ from transformers import (
 )
 
 from kandinsky import ImageEmbeds
-from tests.helpers import randn, relative_l2
+from tests.helpers import half_mask, picture, randn, relative_l2
 from tests.small import EMBEDDING_DIM
-from tests.test_images import picture
 from tests.test_pipeline import NEGATIVE, OTHER, PROMPT, generator, quiet
 
 HEIGHT, WIDTH = 32, 48
-
-
-def half_mask(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """White in a box that touches no grid of latents."""
-    mask = np.zeros((height, width), dtype=np.float32)
-    mask[height // 4 + 1 : height - 7, width // 3 - 1 : width - 10] = 1
-    return mask
 
 
 @pytest.fixture(scope="session")
