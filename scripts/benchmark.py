@@ -217,34 +217,38 @@ def report_part(name: str, result: dict[str, Any], args) -> None:
 
 
 def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is worth knowing on a GPU, most important first."""
+    """What is worth knowing on a GPU, most important first: what the README states, where the time goes, and
+    all the rest."""
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     yield "machine", {"device": where, "torch": torch.__version__}
-    half, args.dtype = "bfloat16", "bfloat16" if args.device.type == "cuda" else args.dtype
-    networks = ["unet", "prior", "movq", "text_encoder"]
-    yield "convolutions", attempt(lambda args, _: dict(measure_convolutions(args)), args, "")
-    for name in ("unet", "movq", "prior"):
-        args.side = 512
-        yield f"kernels of {name}", attempt(measure_kernels, args, name)
+    half, networks = "bfloat16", ["unet", "prior", "movq", "text_encoder"]
+    whole = ["diffusers", "kandinsky", "kandinsky, optimized"]
     yield from measure_cuda_parts(args, [(half, networks, 512, False)])
-    for name in ("unet", "movq"):
-        vars(args).update(dtype=half, side=512)
-        yield f"ladder of {name}", attempt(measure_ladder, args, name)
+    yield from measure_cuda_pictures(args, [*whole, "diffusers, compiled"], [(512, 1)])
     yield from measure_cuda_parts(args, [(half, ["unet", "movq"], 1024, False)])
-    yield from measure_cuda_pictures(args, ["diffusers", "kandinsky", "kandinsky, optimized"])
+    for name in ("unet", "movq", "prior"):
+        vars(args).update(dtype=half, side=512)
+        yield f"kernels of {name}", attempt(measure_kernels, args, name)
+    yield from measure_cuda_pictures(args, whole, [(512, 8), (1024, 1)])
+    vars(args).update(dtype=half, side=512)
+    yield "convolutions", attempt(lambda args, _: dict(measure_convolutions(args)), args, "")
+    for name in ("unet", "movq"):
+        yield f"ladder of {name}", attempt(measure_ladder, args, name)
+    yield from measure_cuda_pictures(args, ["kandinsky, --low-memory"], [(512, 1)])
     yield from measure_cuda_parts(args, [(dtype, networks, 512, False) for dtype in ("float32", "float16")])
-    yield from measure_cuda_pictures(args, ["kandinsky, --low-memory", "diffusers, compiled"])
     yield from measure_cuda_parts(args, [(half, ["unet"], 512, True), (half, ["zero_image"], 512, False)])
 
 
-def measure_cuda_pictures(args, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of a checkpoint of one's own; one size where every network is read, and captured, for each picture."""
+def measure_cuda_pictures(
+    args, names: list[str], sizes: list[tuple[int, int]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of a checkpoint of one's own. sizes: sides in pixels, and how many at once"""
     if args.weights == DECODER:
         return
     vars(args).update(dtype="bfloat16", compile="both")
+    measured = ", ".join(f"{count} of {side} px" for side, count in sizes)
     for name in names:
-        sizes = [(512, 1)] if "--low-memory" in name else [(512, 1), (1024, 1), (512, 8)]
-        yield f"pictures, {name}", attempt(partial(measure_pipeline, sizes=sizes), args, name)
+        yield f"pictures, {name}, {measured}", attempt(partial(measure_pipeline, sizes=sizes), args, name)
 
 
 def measure_cuda_parts(args, plan: list[tuple[str, list[str], int, bool]]) -> Iterator[tuple[str, Any]]:
@@ -254,7 +258,7 @@ def measure_cuda_parts(args, plan: list[tuple[str, list[str], int, bool]]) -> It
         parts = {}
         for name in names:
             parts[name] = attempt(measure_part, args, name)
-            yield f"{name}, {dtype}, {side} px", parts[name]
+            yield f"{name}, {dtype}, {side} px" + ", compiled" * compiled, parts[name]
         if all("error" not in result for result in parts.values()) and len(names) > 2:
             yield f"whole picture, {dtype}, {side} px", {"seconds": whole_picture(parts)}
 

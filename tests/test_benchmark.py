@@ -85,12 +85,15 @@ def test_what_a_gpu_is_asked_comes_line_by_line_until_the_time_is_spent(capsys, 
     assert module.main(args) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     names = [name for line in lines for name in line]
-    assert "torch" in lines[0]["machine"] and names[1:3] == ["convolutions", "kernels of unet"]
-    assert lines[1]["convolutions"] == {"convolution 64 at 32": {}}
-    assert names.index("unet, bfloat16, 512 px") < names.index("unet, float32, 512 px") < len(names) - 1
-    assert {"whole picture, bfloat16, 512 px", "ladder of unet", "kernels of movq"} < set(names)
+    assert "torch" in lines[0]["machine"] and names[1] == "unet, bfloat16, 512 px"
+    assert {"convolutions": {"convolution 64 at 32": {}}} in lines and len(names) == len(set(names))
     pictures = [name.removeprefix("pictures, ") for name in names if name.startswith("pictures")]
-    assert pictures[:3] == ["diffusers", "kandinsky", "kandinsky, optimized"] and len(pictures) == 5
+    compared = ["diffusers", "kandinsky", "kandinsky, optimized", "diffusers, compiled"]
+    assert pictures[:4] == [f"{name}, 1 of 512 px" for name in compared] and len(pictures) == 8
+    order = ["movq, bfloat16, 512 px", "whole picture, bfloat16, 512 px", f"pictures, {pictures[3]}"]
+    order += ["unet, bfloat16, 1024 px", "kernels of unet", f"pictures, {pictures[4]}", "ladder of unet"]
+    order += ["unet, float32, 512 px", "zero_image, bfloat16, 512 px"]
+    assert [name for name in names if name in order] == order
     assert module.main(["cuda", "--size", "small", "--budget", "0"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     monkeypatch.setattr(module, "measure_part", lambda args, name: 1 / 0)
