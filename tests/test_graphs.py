@@ -325,6 +325,19 @@ def test_pictures_in_every_mode_are_the_plain_ones(device, decoder_folder):
     assert len(graphs.captured) >= 6
 
 
+def test_the_pictures_of_a_batch_that_are_decoded_one_by_one_do_not_overwrite_each_other(
+    device, decoder_folder, monkeypatch
+):
+    monkeypatch.setattr("kandinsky.pipeline.PIXELS_IN_MOVQ", 16 * 32)
+    plain, graphed = (Kandinsky.from_pretrained(decoder_folder, device=device) for _ in range(2))
+    graphed.movq.__class__ = GraphedMoVQ
+    settings = {"num_inference_steps": 1, "prior_num_inference_steps": 2, "seed": 3, "output_type": "pt"}
+    settings |= {"height": 16, "width": 32, "num_images_per_prompt": 4}
+    drawn, expected = (pipe.text2img("a red cat", **settings) for pipe in (graphed, plain))
+    assert relative_l2(drawn, expected) <= 1e-5 and len(graphs.captured) == 1
+    assert not any(torch.equal(a, b) for a, b in zip(drawn, drawn[1:]))
+
+
 def test_hooks_gradients_and_autocast_are_served_without_the_graph(device, monkeypatch):
     _, graphed = pair(device)
     plan, x, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), randn(1, 4, 8, 8).to(device), []
