@@ -202,6 +202,9 @@ def dependencies(network: nn.Module, x: Tensor) -> list[Any] | None:
         for weight in of["_parameters"].values():
             if weight is not None:
                 pointers.append(weight.data_ptr())
+        merged = of.get("merged")  # a block's own kernels, which are no parameter and made anew by `_apply`
+        if merged is not None and merged.weight is not None:
+            pointers.append(merged.weight.data_ptr())
         modules += of["_modules"].values()
     return [unets.attention, priors.attention, movqs.attention, *pointers]
 

@@ -10,7 +10,7 @@ import torch
 from kandinsky import Kandinsky, MoVQ, Prior, UNet, graphs, lora
 from kandinsky.graphs import GraphedMoVQ, GraphedPrior, GraphedUNet
 from kandinsky.layers import attention
-from kandinsky.optimize import optimize, restore
+from kandinsky.optimize import merge_upsampling, optimize, restore
 from tests import small
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours
@@ -384,6 +384,18 @@ def test_weights_changed_in_place_count_and_replaced_ones_are_captured_anew(devi
     twin = copy.deepcopy(graphed)
     twin.conv_in.weight.zero_()
     assert agrees() and relative_l2(twin.step(x, twin.prepare(embeds, [5]), 0), graphed.graphs[0].out) > 1e-2
+
+
+@torch.no_grad()
+def test_kernels_that_a_part_of_the_network_merges_anew_are_captured_anew(device):
+    plain, graphed = (network.double() for network in pair(device))  # float32 would be packed on a CPU
+    assert merge_upsampling(graphed) > 0
+    embeds, x = randn(1, EMBEDDING_DIM).to(device), randn(1, 4, 8, 8).to(device)
+    for captures in (1, 2):
+        step = graphed.step(x, graphed.prepare(embeds, [5]), 0)
+        assert relative_l2(step, plain.step(x, plain.prepare(embeds, [5]), 0)) <= 1e-5
+        assert len(graphs.captured) == captures
+        graphed.up_blocks.to(device)  # moves no parameter
 
 
 @on_cuda
