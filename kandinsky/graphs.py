@@ -161,6 +161,7 @@ class Graph:
         self, asked: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
     ):
         self.asked, self.copied = asked, [TensorWeakRef(tensor) for tensor in kept]
+        self.replaying = Lock()  # the buffers are one for all threads
         try:
             self.changing, self.kept = ([tensor.clone() for tensor in given] for given in (changing, kept))
             with torch.cuda.device_of(self.changing[0]):
@@ -174,12 +175,13 @@ class Graph:
             raise NoGraph("a replay gave something else than what was captured")
 
     def replay(self, changing: list[Tensor], kept: list[Tensor]) -> Tensor:
-        copy_all(self.changing, changing)
-        if any(tensor is not copied() for tensor, copied in zip(kept, self.copied)):
-            copy_all(self.kept, kept)
-            self.copied = [TensorWeakRef(tensor) for tensor in kept]
-        self.run()
-        return self.out.clone()
+        with self.replaying:
+            copy_all(self.changing, changing)
+            if any(tensor is not copied() for tensor, copied in zip(kept, self.copied)):
+                copy_all(self.kept, kept)
+                self.copied = [TensorWeakRef(tensor) for tensor in kept]
+            self.run()
+            return self.out.clone()
 
 
 def dependencies(network: nn.Module, x: Tensor) -> list[Any] | None:

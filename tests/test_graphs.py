@@ -1,7 +1,9 @@
 """The graphed step. On the CPU a capture is played by a function that computes into the same memory again."""
 
 import copy
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -127,6 +129,29 @@ def test_results_are_not_overwritten_by_the_next_step(device):
     before = first.clone()
     graphed.step(randn(1, 4, 8, 8, seed=1).to(device), plan, 1)
     assert torch.equal(first, before)
+
+
+@torch.no_grad()
+def test_threads_do_not_write_over_each_others_input(device, monkeypatch):
+    plain, graphed = pair(device)
+    given = [randn(1, 4, 8, 8, seed=seed).to(device) for seed in (1, 2)]
+    plans = [unet.prepare(randn(1, EMBEDDING_DIM).to(device), [5]) for unet in (plain, graphed)]
+    graphed.step(given[0], plans[1], 0)
+    copy_all = graphs.copy_all
+
+    def copy_slowly(*lists) -> None:
+        copy_all(*lists)
+        time.sleep(0.1)
+
+    @torch.no_grad()
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return graphed.step(x, plans[1], 0)
+
+    monkeypatch.setattr(graphs, "copy_all", copy_slowly)
+    with ThreadPoolExecutor(2) as threads:
+        stepped = list(threads.map(step, given))
+    for x, out in zip(given, stepped):
+        assert relative_l2(out, plain.step(x, plans[0], 0)) <= 1e-6
 
 
 @torch.no_grad()
