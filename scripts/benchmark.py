@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -264,14 +265,23 @@ def measure_cuda_parts(args, plan: list[tuple[str, list[str], int, bool]]) -> It
 
 
 def attempt(measure: Callable, args: Any, name: str) -> dict[str, Any]:
-    """The result, or what went wrong: the others are still worth knowing."""
-    try:
-        torch._dynamo.reset()
-        return measure(args, name)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-    finally:
-        gc.collect()
+    """The result, or what went wrong: the others are still worth knowing. With it what it warned of, as that
+    a network ran without its graph."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            torch._dynamo.reset()
+            result = measure(args, name)
+        except Exception as error:
+            result = {"error": one_line(error)}
+        finally:
+            gc.collect()
+    warned = dict.fromkeys(one_line(w.message) for w in caught if w.category is UserWarning)
+    return result | {"warnings": list(warned)} if warned else result
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def run_cuda(args) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -117,6 +118,19 @@ def test_a_reference_has_our_weights_and_its_own_buffers_and_needs_no_accelerate
         assert parameter.data_ptr() == prior.get_parameter(name).data_ptr(), name
     assert not any(buffer.is_meta for buffer in reference.buffers())
     assert not nn.Linear(1, 1).weight.is_meta
+
+
+def test_what_a_measurement_warns_of_stands_in_its_line():
+    def measure(args, name):
+        for _ in range(2):
+            warnings.warn("UNet runs without a graph: no memory")
+        return {"seconds": 1 / name}
+
+    attempt = load("benchmark").attempt
+    warned = {"warnings": ["UserWarning: UNet runs without a graph: no memory"]}
+    assert attempt(measure, None, 1) == {"seconds": 1.0} | warned
+    assert attempt(measure, None, 0) == {"error": "ZeroDivisionError: division by zero"} | warned
+    assert attempt(lambda args, name: {}, None, 1) == {}
 
 
 def test_whose_networks_are_compiled_is_named_behind_the_kind(capsys):
