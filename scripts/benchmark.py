@@ -326,8 +326,9 @@ def main(argv=None) -> int:
             for size, seconds in by_size(results).items():
                 print("\n".join([f"\n{size}", *table(seconds, base)]))
                 if args.device.type == "cuda" and size != "first picture":
-                    gib = {name: [r["gib"][size]] for name, r in results.items() if size in r["gib"]}
-                    print("\n".join(table(gib, base, "GiB")))
+                    for kind, unit in (("gib", "GiB"), ("gib taken", "GiB taken")):
+                        gib = {name: [r[kind][size]] for name, r in results.items() if size in r[kind]}
+                        print("\n".join(table(gib, base, unit)))
     else:
         base = "torch" if args.what == "import" else "diffusers"
         results = MEASURE[args.what](args)

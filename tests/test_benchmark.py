@@ -1,5 +1,6 @@
 """What the benchmark prints, and that it measures what it says."""
 
+import argparse
 import json
 import re
 import sys
@@ -174,6 +175,22 @@ def test_the_kernels_that_a_network_spends_its_time_in(capsys):
     assert any("convolution" in name for name in kernels)
     name = "void at::native::(anonymous namespace)::vectorized_kernel<4, at::native::Add>"
     assert load("benchmark_networks").shortened(name) == "vectorized_kernel<4, Add>"
+
+
+def test_what_a_graph_works_in_is_counted_as_taken(monkeypatch):
+    """It is allocated in the first picture, with the capture, and then no more."""
+    pictures, drawn = load("benchmark_pictures"), []
+    monkeypatch.setattr(
+        pictures, "pipelines", lambda args: {"ours": lambda: lambda *size: drawn.append(size)}
+    )
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    for name, gib in (("allocated", 6), ("reserved", 8)):
+        monkeypatch.setattr(torch.cuda, f"max_memory_{name}", lambda device, gib=gib: gib * 2**30)
+    args = argparse.Namespace(device=torch.device("cuda"), runs=1)
+    result = pictures.measure_pipeline(args, "ours", [(512, 1)])
+    assert result["gib"] == {"1 of 512 px": 6} and result["gib taken"] == {"1 of 512 px": 8}
+    assert drawn == 3 * [(512, 1)]
 
 
 @pytest.mark.slow
