@@ -152,8 +152,8 @@ def use_channels_last(network: nn.Module, on: str = "cuda") -> int:
         if reordered.stride() != layer.weight.stride():
             layer.weight.data, layer.was_contiguous = reordered, True
             count += 1
-    for block in network.modules():
-        if isinstance(block, Merged) and block.merged.weight is not None:
+    for block in (b for b in network.modules() if isinstance(b, Merged)):
+        if block.merged.weight is not None and block.merged.weight.device.type == on:
             block.merged.weight = block.merged.weight.to(memory_format=torch.channels_last)
     return count
 

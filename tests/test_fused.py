@@ -112,6 +112,13 @@ def test_networks_in_nhwc_with_fused_norms_give_the_same_and_come_back(device, m
         )
 
 
+def test_on_a_cpu_merged_kernels_keep_their_order():
+    unet = ours(UNet, small.reference_unet()).half()  # which is not packed
+    assert optimize.optimize(unet)["channels last"] == 0
+    merged = [m.merged.weight for m in unet.modules() if isinstance(m, optimize.Merged)]
+    assert merged and all(weight.is_contiguous() for weight in merged)
+
+
 def test_norms_that_are_not_called_cannot_be_looked_at():
     unet, name = ours(UNet, small.reference_unet()), "mid_block.resnets.0.norm1"
     assert module_names(unet, name) == [name]
