@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import roofline
 import torch
 from benchmark_networks import (
     PARTS,
@@ -292,6 +293,8 @@ def run_cuda(args) -> None:
             result["peak_gib"] = torch.cuda.max_memory_allocated(args.device) / 2**30
             torch.cuda.reset_peak_memory_stats(args.device)
         print(json.dumps({name: result}), flush=True)
+        if "error" in result:
+            roofline.synchronize(args.device)  # raises where CUDA is beyond repair, and with it this process
         if time.perf_counter() - start > args.budget:
             break
 

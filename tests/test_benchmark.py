@@ -134,6 +134,24 @@ def test_what_a_measurement_warns_of_stands_in_its_line():
     assert attempt(lambda args, name: {}, None, 1) == {}
 
 
+def test_nothing_is_asked_of_a_gpu_that_is_beyond_repair(capsys, monkeypatch):
+    module, states = load("benchmark"), iter([None, RuntimeError("CUDA error: illegal memory access")])
+
+    def synchronize(device) -> None:
+        if error := next(states):
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    rows = [("no memory", {"error": "1"}), ("well", {}), ("broken", {"error": "2"}), ("later", {})]
+    monkeypatch.setattr(module, "measure_cuda", lambda args: iter(rows))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        module.run_cuda(argparse.Namespace(device=torch.device("cuda"), budget=60))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [name for line in lines for name in line] == ["no memory", "well", "broken"]
+
+
 def test_whose_networks_are_compiled_is_named_behind_the_kind(capsys):
     module = load("benchmark")
     given = {(): None, ("--compile",): "both", ("--compile", "diffusers"): "diffusers"}
