@@ -21,6 +21,9 @@ _BOOKKEEPING = frozenset(
     tie_word_embeddings tokenizer_class top_k top_p torch_dtype transformers_version typical_p""".split()
 )
 
+# what stands for the one modelled value where it is null or absent: diffusers then takes latent_channels
+_MAY_BE_NULL = frozenset(("vq_embed_dim",))
+
 
 class CheckpointError(ValueError):
     """Files that are not the checkpoint they are read as: what was found, what is needed."""
@@ -108,14 +111,16 @@ def _check_fixed_fields(config: Any, published: dict[str, Any], source: str) -> 
     """Raises a CheckpointError where a field has a value that the network does not model, or is missing and
     would then mean one. LATER_FIELDS are what later versions of diffusers write, with the value modelled."""
     config_class, ours = type(config), config.published()
-    needed = {name for name, value in ours.items() if value not in (None, False)} - config_class.IGNORED
+    needed = {name for name, value in ours.items() if value not in (None, False)}
+    needed -= config_class.IGNORED | _MAY_BE_NULL
     if not needed <= published.keys():
         raise CheckpointError(f"{source} lacks {', '.join(sorted(needed - published.keys()))}")
     later = config_class.LATER_FIELDS
     for name, value in published.items():
         allowed = ours.get(name, later.get(name))
         ignored = name.startswith("_") or name in config_class.IGNORED
-        if ignored or value == allowed or ((value is None or value is False) and not allowed):
+        is_default = value is None and name in _MAY_BE_NULL
+        if ignored or is_default or value == allowed or ((value is None or value is False) and not allowed):
             continue
         wanted = "null or false" if allowed in (None, False) else repr(allowed)
         raise CheckpointError(f"{source}: {name} is {value!r}; this implementation models only {wanted}")

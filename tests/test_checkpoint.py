@@ -233,6 +233,17 @@ def test_fields_that_change_nothing_are_accepted(folder):
 
 
 @pytest.mark.parametrize("absent", [True, False])
+def test_a_movq_whose_codebook_says_no_width_has_the_latents(absent):
+    """As diffusers saves a VQModel that was made without `vq_embed_dim`."""
+    published = MoVQConfig().published() | {"vq_embed_dim": None}
+    if absent:
+        del published["vq_embed_dim"]
+    assert read_config(MoVQConfig, published) == MoVQConfig()
+    with pytest.raises(CheckpointError, match="vq_embed_dim is 8; this implementation models only 4"):
+        read_config(MoVQConfig, published | {"vq_embed_dim": 8})
+
+
+@pytest.mark.parametrize("absent", [True, False])
 def test_a_unet_without_sample_size_was_made_for_64(folder, absent):
     edit_config(folder, sample_size=None)
     if absent:
