@@ -224,8 +224,8 @@ def clip_pixels(image: Image.Image, size: int = 224) -> Tensor:
     image = image.resize(new_size, Image.Resampling.BICUBIC)
     left, top = (new_size[0] - size) // 2, (new_size[1] - size) // 2
     image = image.crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return (pixels - mean) / std
 
 

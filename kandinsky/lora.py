@@ -105,8 +105,9 @@ def add_lora(
             continue
         hit.add(target)
         bound = 1 / math.sqrt(layer.in_features)
-        down = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
-        factors[name] = Factors(down, torch.zeros(layer.out_features, rank), alpha)
+        down = torch.empty(rank, layer.in_features, dtype=torch.float32, device="cpu")
+        down.uniform_(-bound, bound, generator=generator)
+        factors[name] = Factors(down, down.new_zeros(layer.out_features, rank), alpha)
     missing = [] if targets is None and hit else [t for t in targets or ATTENTION if t not in hit]
     if missing:
         raise ValueError(f"this {type(network).__name__} has no Linear called {', '.join(missing)}")

@@ -70,7 +70,7 @@ def grow(x: Tensor, pixels: int) -> Tensor:
     """Repaints a margin of so many pixels more, in all directions. (1, h, w) of 0 and 1 -> likewise"""
     for dim in (-1, -2):
         before = F.pad(x.transpose(-1, dim), (1, 0)).cumsum(dim=-1)  # how many are repainted before each
-        place = torch.arange(x.shape[dim])
+        place = torch.arange(x.shape[dim], device=x.device)
         first, last = (place - pixels).clamp(min=0), (place + pixels + 1).clamp(max=len(place))
         x = (before[..., last] > before[..., first]).float().transpose(-1, dim)
     return x.contiguous()
@@ -88,7 +88,7 @@ def steps_inside(x: Tensor) -> Tensor:
     running minimum. x: (1, h, w) of 0 and 1 -> (1, h, w)
     """
     h, w = x.shape[-2:]
-    steps, place = x * (h + w + WIDEST), torch.arange(w, dtype=x.dtype)
+    steps, place = x * (h + w + WIDEST), torch.arange(w, dtype=x.dtype, device=x.device)
     for _ in range(2):  # down and to the right, then up and to the left
         for y in range(h):
             if y:

@@ -65,7 +65,7 @@ class Placeholder(nn.Parameter):
     """Stands where a packed weight was: its shape and dtype, and one number, NaN."""
 
     def __new__(cls, weight: Tensor) -> "Placeholder":
-        nothing = torch.full((1,), torch.nan, dtype=weight.dtype).expand(weight.shape)
+        nothing = torch.full((1,), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
         return super().__new__(cls, nothing, weight.requires_grad)
 
     def __deepcopy__(self, memo: dict) -> "Placeholder":

@@ -106,10 +106,10 @@ class PromptTokenizer:
                 )
                 ids = [*ids[: self.max_length - 1], ids[-1]]  # the end is what the tower is read at
             rows.append(ids)
-        lengths = torch.tensor([len(ids) for ids in rows])
+        lengths = torch.tensor([len(ids) for ids in rows], device="cpu")
         n = int(lengths.max())
-        ids = torch.tensor([[*ids, *[self.pad] * (n - len(ids))] for ids in rows])
-        return ids, torch.arange(n) < lengths[:, None]
+        ids = torch.tensor([[*ids, *[self.pad] * (n - len(ids))] for ids in rows], device="cpu")
+        return ids, torch.arange(n, device="cpu") < lengths[:, None]
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
@@ -199,4 +199,4 @@ class MultilingualTokenizer:
                 warnings.warn(
                     f"the prompt is longer than 77 tokens; this part was dropped: {dropped!r}", stacklevel=2
                 )
-        return torch.tensor(ids)
+        return torch.tensor(ids, device="cpu")

@@ -60,7 +60,8 @@ class Noise:
 
     def draw(self, *shape: int) -> Tensor:
         """The next noise of every image, drawn in one call each -> (images, *shape) float32"""
-        noise = torch.stack([torch.randn(shape, generator=g) for g in self.generators])
+        where = {"dtype": torch.float32, "device": "cpu"}  # whatever the process has for defaults
+        noise = torch.stack([torch.randn(shape, generator=g, **where) for g in self.generators])
         if self.device.type == "cuda":  # out of pinned memory, so that the loop does not wait for the copy
             return noise.pin_memory().to(self.device, non_blocking=True)
         return noise.to(self.device)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from kandinsky import arguments
 
+# of every table, whatever the process has for defaults
+TABLE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
 Timesteps = list[tuple[int, int]]  # (t, t_prev), most noise first
 Earlier = tuple[int, Tensor] | None  # timestep and predicted clean sample of the step before
 
@@ -27,7 +30,7 @@ class Prediction(NamedTuple):
 
 
 def linear_betas(num_train_steps: int, beta_start: float, beta_end: float) -> Tensor:
-    return torch.linspace(beta_start, beta_end, num_train_steps)
+    return torch.linspace(beta_start, beta_end, num_train_steps, **TABLE)
 
 
 def cosine_betas(num_train_steps: int) -> Tensor:
@@ -36,7 +39,7 @@ def cosine_betas(num_train_steps: int) -> Tensor:
     def level(i: int) -> float:
         return math.cos((i / num_train_steps + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    return torch.tensor([min(1 - level(i + 1) / level(i), 0.999) for i in range(num_train_steps)])
+    return torch.tensor([min(1 - level(i + 1) / level(i), 0.999) for i in range(num_train_steps)], **TABLE)
 
 
 class Scheduler:
@@ -55,7 +58,7 @@ class Scheduler:
 
     def alpha_bar(self, t: int) -> Tensor:
         """The signal's share of the variance at t; 1 for the clean sample."""
-        return self.alphas_cumprod[t] if t >= 0 else torch.tensor(1.0)
+        return self.alphas_cumprod[t] if t >= 0 else torch.tensor(1.0, **TABLE)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: int) -> Tensor:
         """The sample at t of a clean one (arXiv:2006.11239, eq. 4). x0, noise: (b, …) -> (b, …)"""

@@ -42,7 +42,7 @@ _OUTPUT = [[1.0, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1
 
 def _both_ways(matrix: list[list[float]]) -> Tensor:
     """A transform along one axis -> the one along rows and columns, in float64"""
-    one = torch.tensor(matrix, dtype=torch.float64)
+    one = torch.tensor(matrix, dtype=torch.float64, device="cpu")
     return torch.kron(one, one)
 
 

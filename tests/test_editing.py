@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, masks
+from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, lora, masks
 from tests.helpers import randn, relative_l2
 from tests.small import EMBEDDING_DIM
 from tests.test_images import picture
@@ -157,6 +157,30 @@ def test_own_noise_is_used_and_inputs_are_left_alone(shared_pipes, task):
     again = call(shared_pipes, task, **{**given, "latents": noise.half()}, **rest)  # PIL and numpy: the same
     assert relative_l2(again, first) < 1e-2
     assert relative_l2(call(shared_pipes, task, **{**tensors, "latents": -noise}, **rest), first) > 1e-2
+
+
+def test_the_processs_default_dtype_and_device_change_no_bit(decoder_folder, inpaint_folder):
+    """In float64 diffusers draws another picture. What is made without a device's name fails on meta."""
+
+    def drawn() -> list[torch.Tensor]:
+        pipe, inpainter = (Kandinsky.from_pretrained(folder) for folder in (decoder_folder, inpaint_folder))
+        image, mask, settings = picture(WIDTH, HEIGHT), half_mask(HEIGHT, WIDTH), {"seed": 1, **QUICK}
+        settings["output_type"] = "pt"
+        pipe.optimize()
+        lora.add_lora(pipe.unet, 2)
+        embeds = pipe.mix([PROMPT, image], [0.5, 0.5], num_inference_steps=2, seed=3)
+        redrawn = pipe.img2img(embeds=embeds, image=image, strength=0.5, sampler="dpm++", **settings)
+        repaired = inpainter.inpaint(PROMPT, image, mask, grow_mask=1, feather_mask=2, **settings)
+        return [*embeds[:1], redrawn, repaired, *(p.detach() for p in lora.lora_parameters(pipe.unet))]
+
+    before = drawn()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            after = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, before))
 
 
 def test_every_form_of_a_picture_gives_the_same_result(pipe, inpainter):
