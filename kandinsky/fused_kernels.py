@@ -125,11 +125,12 @@ def norm_silu(
         raise ValueError(f"a group of {size} channels; this kernel takes up to {PARTS}")
     chunks = triton.cdiv(pixels, PIXELS)
     grid, tile = (chunks, triton.cdiv(channels, CHANNELS), images), {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
-    means, spreads = torch.empty(2, images, chunks, channels, device=x.device)
+    accurate = {"dtype": torch.float32, "device": x.device}
+    means, spreads = torch.empty(2, images, chunks, channels, **accurate)
     moments[grid](x, means, spreads, pixels, channels, **tile)
 
     scale, shift = modulation or (weight, bias)  # where there is none, nothing is read of these
-    a, b = torch.empty(2, images, channels, device=x.device)
+    a, b = torch.empty(2, images, channels, **accurate)
     sizes = (pixels, channels, chunks, size, eps, modulation is not None, PIXELS, PARTS)
     vectors = weight, bias, scale.contiguous(), shift.contiguous()
     affine[num_groups, images](means, spreads, *vectors, a, b, *sizes)
