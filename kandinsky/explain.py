@@ -122,7 +122,8 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
     is_guided = found.settings["prior_guidance_scale"] > 1
 
     def read_out(weights: Tensor) -> Tensor:
-        return weights[int(is_guided), :, -1].mean(dim=0).cpu()
+        row = min(int(is_guided), len(weights) - 1)  # the prefill, not kept, runs equal texts once
+        return weights[row, :, -1].mean(dim=0).cpu()
 
     start = time.perf_counter()
     with (

@@ -61,6 +61,15 @@ def test_attention_is_shared_out_among_the_tokens(pipe):
     assert found.word_maps == []
 
 
+def test_a_prompt_may_be_what_it_is_led_away_from(pipe):
+    """The prior runs such a text once; it is what an empty prompt always is."""
+    sizes = {"height": 16, "width": 16, "num_inference_steps": 1, "prior_num_inference_steps": 2, "seed": 3}
+    for prompt, negative in ("", None), ("a red cat", "a red cat"):
+        found = explain.trace(pipe, prompt, negative_prompt=negative, **sizes)
+        shares = torch.tensor([values for _, values in found.prior_attention])
+        assert torch.allclose(shares.sum(dim=0), torch.ones(2), atol=1e-5)
+
+
 @slow
 def test_what_the_text_embedding_says_is_the_runs(pipe):
     found = explain.trace(pipe, PROMPT, negative_prompt="a", seed=3, height=32, width=48, **STEPS)
