@@ -244,11 +244,12 @@ def _write(
 
 def _compare(settings: dict, pipe: Kandinsky, files: dict[str, list[Path]]) -> None:
     """What was given again must be what the picture was made from."""
-    if settings["inputs"].keys() != files.keys():
+    needed, given = ({name: len(of) for name, of in all_of.items()} for all_of in (settings["inputs"], files))
+    if needed != given:
         wanted = [f"{_FLAGS[n]} ({', '.join(f['name'] for f in fs)})" for n, fs in settings["inputs"].items()]
         if not wanted:
-            given = " and ".join(_FLAGS[name] for name in files)
-            raise ValueError(f"the picture was made from no other file; leave {given} out")
+            extra = " and ".join(_FLAGS[name] for name in files)
+            raise ValueError(f"the picture was made from no other file; leave {extra} out")
         raise ValueError(f"the picture was made from {' and '.join(wanted)}; give the same again")
     fixed = [settings[name] for name in ("task", "call", "index")]
     now = metadata.describe(pipe, *fixed, files, settings["lora_scale"])

@@ -74,6 +74,18 @@ def test_a_batch_is_a_call_by_itself(pipe, decoder_folder, files):
     assert (files / "again.png").read_bytes() == (files / "out-2.png").read_bytes()
 
 
+def test_as_many_files_are_given_again_as_a_picture_was_made_from(decoder_folder, files, capsys):
+    """A picture's batch had two; with one there would be another call, or none."""
+    two = [flag for name in "ab" for flag in ("--image", files / f"{name}.png")]
+    at = ["--weights", decoder_folder, "--out", files / "out.png"]
+    assert run("img2img", "a cat", *two, *at, *QUICK) == 0
+    capsys.readouterr()
+    for given in two[2:], two + two[2:]:
+        assert run("img2img", "--from-png", files / "out-1.png", *given, *at) == 2
+        told = capsys.readouterr().err
+        assert "was made from --image (a.png, b.png); give the same again" in told and told.count("\n") == 1
+
+
 def test_more_pictures_of_a_prompt_than_a_batch_holds(pipe, decoder_folder, files):
     size = ["--height", "16", "--width", "16", "--seed", "3", "--weights", decoder_folder, *QUICK]
     size += ["--num-images", "3", "--batch-size", "2"]
