@@ -96,6 +96,8 @@ def main(argv=None) -> int:
     if call["frames"] is not None:
         args.animation = args.animation or args.out.with_suffix(".gif")
         images.check_writable(args.animation, images.ANIMATIONS)
+        if args.animation.resolve() == args.out.resolve():
+            raise ValueError(f"--out and --animation both name {args.out}; give each a name of its own")
     elif args.animation is not None:
         raise ValueError("--animation is made of --frames; give their number")
     frames = []

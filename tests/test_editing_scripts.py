@@ -528,6 +528,7 @@ def test_nothing_that_settings_name_is_opened(decoder_folder, inpaint_folder, fi
         ("mix", ["a", "b", "--frames", "100000"], "--frames is 100000; allowed is 2 to 1000"),
         ("mix", ["a", "b", "--animation", "a.gif"], "--animation is made of --frames; give their number"),
         ("mix", ["a", "b", "--frames", "2", "--animation", "a.png"], "use .gif, .webp"),
+        ("mix", ["a", "b", "--frames", "2", "--out", "s.webp", "--animation", "s.webp"], "both name s.webp"),
     ],
 )
 def test_errors_are_one_line_with_exit_code_2(
