@@ -103,6 +103,7 @@ SHEETS = {"recipes": recipes, "tasks": tasks}
 def main(argv=None) -> int:
     args = parse_args(argv)
     path = args.out or cli.WEIGHTS / f"mini-{args.what}.png"
+    images.check_writable(path)
     images.save_image(labelled(SHEETS[args.what]()), path, overwrite=True)
     print(path)
     return 0

@@ -26,7 +26,7 @@ from kandinsky.captions import caption
 from kandinsky.checkpoint import write_json
 from kandinsky.clip_training import clip_normalize, load_image_encoder
 from kandinsky.datasets import Samples, Shapes
-from kandinsky.images import save_image, to_pil
+from kandinsky.images import check_writable, save_image, to_pil
 from kandinsky.judge import judge, shows
 from kandinsky.movq_training import psnr
 from kandinsky.sampling import ImageEmbeds
@@ -64,8 +64,10 @@ def parse_args(argv=None):
     cli.add_sampler_flags(parser)
     cli.add_approximate_flags(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures; the grid goes beside it")
+    parser.add_argument("--out", type=Path, help=".json file for the figures; the grid goes beside it")
     args = parser.parse_args(argv)
+    if args.out is not None:
+        check_writable(args.out, {".json": "JSON"})
     args.weights = cli.decoder_folder(args.weights, args.task)
     return args
 

@@ -250,6 +250,22 @@ def test_nothing_can_be_measured_on_no_pictures(capsys, flag):
     assert f"argument {flag}: value is 0; allowed is 1 and more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command, name, message",
+    [
+        (["evaluate_mini"], "figures.png", "cannot write .png; use .json"),  # where its grid would go
+        (["evaluate_mini"], "file/figures.json", "is not a folder that can be written to"),
+        (["draw_readme", "tasks"], "file/tasks.png", "is not a folder that can be written to"),
+    ],
+)
+def test_where_nothing_can_be_written_nothing_is_drawn(tmp_path, monkeypatch, capsys, command, name, message):
+    monkeypatch.setattr(Kandinsky, "from_pretrained", None)
+    (tmp_path / "file").touch()
+    assert run(*command, "--out", tmp_path / name) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_true_embeddings_are_made_at_the_towers_own_size(decoder_folder, tmp_path):
     pipe = Kandinsky.from_pretrained(decoder_folder)
     tower = CLIPImageEncoder.read_config(pipe.need_prior() / "image_encoder")
