@@ -1,6 +1,7 @@
 """The flags that the training scripts share, and what they stand for."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,21 @@ def fresh_data_of(args: Namespace, data: Dataset) -> dict[str, Dataset]:
 
 
 def train(
-    objective: Objective, args: Namespace, *block_kinds: type[nn.Module], name: str = "training"
+    objective: Objective,
+    args: Namespace,
+    *block_kinds: type[nn.Module],
+    name: str = "training",
+    write_around: Callable[[], None] | None = None,
 ) -> None:
-    """Runs the training that the flags describe, in one process or in those that torchrun started."""
+    """Runs the training that the flags describe, in one process or in those that torchrun started.
+
+    write_around: writes what the networks lie in, once a state found in --out was taken up: one of another
+    training is refused, and what it made stays as it is.
+    """
     if args.checkpointing:
         checkpoint_blocks(objective, *block_kinds)
     with processes(args.device) as device:
-        Trainer(objective, settings_of(args), args.out, device, name).run()
+        trainer = Trainer(objective, settings_of(args), args.out, device, name)
+        if write_around is not None:
+            write_around()
+        trainer.run()

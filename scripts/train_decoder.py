@@ -220,19 +220,26 @@ def make_objective(args, scheduler: NoiseScheduler) -> DecoderObjective:
     )
 
 
+def write_around(args) -> None:
+    """All of the repository but the U-Net; a LoRA has none."""
+    if args.lora is not None:
+        return
+    if reads_text(args):
+        write_decoder_repository_2_1(args.out, args.movq / "movq", args.init)
+    else:
+        of_task = {"inpaint": args.task == "inpaint", "hint": args.task == "hint"}
+        settings = decoder_scheduler(args.init, of_task["inpaint"])
+        write_decoder_repository(args.out, args.movq / "movq", settings, **of_task)
+
+
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
     check_task(args)
     scheduler = make_scheduler(args)  # a file that is not modelled here is refused before anything is written
     objective = make_objective(args, scheduler)  # a cache may be refused: --out is then left as it is
-    if args.lora is None and reads_text(args):
-        write_decoder_repository_2_1(args.out, args.movq / "movq", args.init)
-    elif args.lora is None:
-        of_task = {"inpaint": args.task == "inpaint", "hint": args.task == "hint"}
-        settings = decoder_scheduler(args.init, of_task["inpaint"])
-        write_decoder_repository(args.out, args.movq / "movq", settings, **of_task)
-    training_cli.train(objective, args, ResnetBlock, AttentionBlock)
+    around = partial(write_around, args)
+    training_cli.train(objective, args, ResnetBlock, AttentionBlock, write_around=around)
     return 0
 
 

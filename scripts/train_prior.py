@@ -4,6 +4,7 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,9 +120,9 @@ def main(argv=None) -> int:
     objective = PriorObjective(*given)
     if args.init is None:
         objective.normalize_by(cache)
-    if args.lora is None:
-        write_prior_repository(args.out, args.clip, ("text_encoder",) if args.train_text else ())
-    training_cli.train(objective, args, Block)
+    trained = ("text_encoder",) if args.train_text else ()
+    write_around = partial(write_prior_repository, args.out, args.clip, trained)
+    training_cli.train(objective, args, Block, write_around=write_around if args.lora is None else None)
     return 0
 
 

@@ -433,6 +433,20 @@ def test_a_run_whose_cache_is_refused_leaves_the_repository_as_it_is(
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [kept]
 
 
+@pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
+def test_a_run_whose_state_is_of_another_training_leaves_the_repository_as_it_is(
+    script, decoder_folder, tmp_path, capsys
+):
+    """Without --train-text, --clip's text tower was written over the one that a run with it had trained."""
+    out, prior = tmp_path / "out", decoder_folder.with_name("kandinsky-2-2-prior")
+    write_safetensors({"weights.x": torch.zeros(1)}, out / "training" / "state.safetensors", {"step": "1"})
+    movq = ["--movq", decoder_folder, *SMALL_UNET] if script == "train_decoder" else []
+    data = ["--data", write_folder(tmp_path / "pictures", 1), "--size", "16"]
+    assert run(script, "--clip", prior, *movq, *data, "--out", out) == 2
+    assert "state.safetensors is of another model" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["training"]
+
+
 def test_a_prior_is_trained_on_a_cache_of_its_own_tokenizer_and_of_any_text_tower(
     decoder_folder, tmp_path, capsys
 ):

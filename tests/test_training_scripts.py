@@ -126,7 +126,8 @@ def test_a_fine_tune_keeps_the_scheduler_that_it_starts_from(trained, tmp_path, 
     assert type(theirs) is DDIMScheduler and theirs.config.beta_end == 0.02
     with monkeypatch.context() as patch:
         objectives = []
-        patch.setattr(train_decoder.training_cli, "train", lambda objective, *_: objectives.append(objective))
+        train = "kandinsky.training_cli.train"
+        patch.setattr(train, lambda objective, *_, **around: objectives.append(objective))
         assert train_decoder.main([*map(str, given), "--out", str(out), *map(str, data)]) == 0
     trained_on = objectives[0].scheduler
     assert torch.equal(trained_on.alphas_cumprod, ours.alphas_cumprod) and trained_on.clip_sample == clips
