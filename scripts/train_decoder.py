@@ -165,11 +165,15 @@ def check_task(args) -> None:
         raise ValueError("--prior needs --init, a decoder that goes with it")
     if args.task == "hint" and reads_text(args):
         raise ValueError(f"{args.init} is of 2.1, which takes no hints")
-    if args.lora is not None and not is_for(UNet.read_config(args.init / "unet"), args.task):
+    known = None if args.init is None else UNet.read_config(args.init / "unet")
+    if args.lora is not None and not is_for(known, args.task):
         what = f"--lora with --task {args.task} needs an --init of that task"
         raise ValueError(f"{what}, which {args.init} is not; train one first, without --lora")
+    if known is not None and not (is_for(known, "text2img") or is_for(known, args.task)):
+        what = "a text-to-image decoder" + f", or one of {args.task}" * (args.task != "text2img")
+        raise ValueError(f"{args.init} is of another task; --task {args.task} starts from {what}")
     same = args.init is not None and args.out.resolve() == args.init.resolve()
-    if same and not is_for(UNet.read_config(args.init / "unet"), args.task):
+    if same and not is_for(known, args.task):
         what = f"--out {args.out} is --init, whose U-Net is of another task"
         raise ValueError(f"{what} and would be written over; choose another --out")
     check_sizes(args)
@@ -199,6 +203,10 @@ def make_objective(args, scheduler: NoiseScheduler) -> DecoderObjective:
         load_image_encoder(args.clip).to(device),
         MoVQ.from_pretrained(args.movq / "movq", device=device),
     )
+    own = None if args.init is None else UNet.read_config(args.init / "unet").image_dim
+    width = image_encoder.config.projection_dim
+    if own not in (None, width):
+        raise ValueError(f"--init's U-Net is for embeddings of {own} numbers, --clip's have {width}")
     data = training_cli.data_of(args, hints=args.task == "hint")
     cache = encode_data(args, data, image_encoder, movq)
     unet = make_unet(args, cache["image_embeds"].shape[1], movq.config.downscale)

@@ -103,6 +103,11 @@ def main(argv=None) -> int:
         raise ValueError(f"{what}; choose another --out")
     if args.lora is not None and args.train_text:
         raise ValueError("--lora leaves the networks as they are; --train-text goes without it")
+    if args.init is not None:
+        width = CLIPTextEncoder.read_config(args.clip / "text_encoder").projection_dim
+        own = Prior.read_config(args.init / "prior").embedding_dim
+        if own != width:
+            raise ValueError(f"--init's prior is for embeddings of {own} numbers, --clip's have {width}")
     cache, fresh = encode_data(args)  # a cache may be refused: what lies in --out is then left as it is
     if args.init is not None:
         prior = Prior.from_pretrained(args.init / "prior", dtype=training_cli.lora_dtype(args))

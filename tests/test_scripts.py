@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 
 import kandinsky
-from kandinsky import CLIPImageEncoder, CLIPTextEncoder, Kandinsky, cli, training_cli
-from kandinsky.checkpoint import write_safetensors
+from kandinsky import CLIPImageEncoder, CLIPTextEncoder, Kandinsky, Prior, UNet, cli, training_cli
+from kandinsky.checkpoint import write_json, write_safetensors
 from kandinsky.clip_training import ConvEncoder, load_image_encoder
 from kandinsky.embedding_cache import digest
 from tests.test_training import write_folder
@@ -445,6 +446,33 @@ def test_a_run_whose_state_is_of_another_training_leaves_the_repository_as_it_is
     assert run(script, "--clip", prior, *movq, *data, "--out", out) == 2
     assert "state.safetensors is of another model" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["training"]
+
+
+@pytest.mark.parametrize(
+    "script, init, flags, message",
+    [
+        ("train_prior", "gone", [], "no config.json in it"),
+        ("train_prior", "other", [], "--init's prior is for embeddings of 24 numbers, --clip's have 32"),
+        ("train_decoder", "other", [], "--init's U-Net is for embeddings of 24 numbers, --clip's have 32"),
+        ("train_decoder", "inpaint", [], "--task text2img starts from a text-to-image decoder"),
+        ("train_decoder", "hint", ["--task", "inpaint"], "from a text-to-image decoder, or one of inpaint"),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused_before_anything_is_encoded(
+    script, init, flags, message, decoder_folder, tmp_path, capsys
+):
+    entrance = {"inpaint": {"in_channels": 9}, "hint": {"in_channels": 8, "hint": True}}.get(init, {})
+    prior, unet = decoder_folder.with_name("kandinsky-2-2-prior"), UNet.read_config(decoder_folder / "unet")
+    if init != "gone":
+        width = {"embedding_dim": 24} if init == "other" else {}
+        write_json(replace(unet, **width, **entrance).published(), tmp_path / init / "unet" / "config.json")
+        of_prior = replace(Prior.read_config(prior / "prior"), **width)
+        write_json(of_prior.published(), tmp_path / init / "prior" / "config.json")
+    movq = ["--movq", decoder_folder] if script == "train_decoder" else []
+    given = ["--clip", prior, *movq, "--init", tmp_path / init, *flags, "--count", "1", "--steps", "1"]
+    assert run(script, *given, "--out", tmp_path / "o") == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and not (tmp_path / "o").exists()
 
 
 def test_a_prior_is_trained_on_a_cache_of_its_own_tokenizer_and_of_any_text_tower(
