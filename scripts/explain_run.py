@@ -18,7 +18,7 @@ def parse_args(argv=None):
     parser.add_argument("--hint", type=Path, help="depth map, near is white; takes a checkpoint for hints")
     parser.add_argument("--strength", type=float, help="of img2img, 0 to 1")
     cli.add_loop_flags(parser)
-    cli.add_size_flags(parser)
+    cli.add_size_flags(parser, "the picture's own, without --image the checkpoint's")
     cli.add_model_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("run.html"), help="page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
