@@ -283,4 +283,7 @@ class Requests(Embedding):
                 raise ValueError(f"the pictures' sizes differ ({sizes}); give height and width")
         height = own[0] if height is None else arguments.whole(height, "height", 1, LONGEST_SIDE)
         width = own[1] if width is None else arguments.whole(width, "width", 1, LONGEST_SIDE)
+        if height * width > images.MAX_PIXELS:
+            most = images.MAX_PIXELS // 10**6
+            raise ValueError(f"the picture would be {width}×{height}; at most {most} megapixels are drawn")
         return height, width

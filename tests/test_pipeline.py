@@ -584,6 +584,7 @@ BAD_CALLS = [
         "^prior_guidance_scale is inf; a finite number is needed",
     ),
     ({"height": 0}, ValueError, "height is 0; allowed is 1 to 65536"),
+    ({"height": 8000, "width": 8001}, ValueError, "the picture would be 8001×8000; at most 64 megapixels"),
     ({"height": 10**20}, ValueError, "height is 100000000000000000000; allowed is 1 to 65536"),
     ({"width": 51.2}, TypeError, "width is 51.2 of type float; an int is needed"),
     ({"seed": -1}, ValueError, "seed is -1"),
