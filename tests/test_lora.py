@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kandinsky import CheckpointError, Kandinsky, Prior, UNet
 from kandinsky.lora import (
+    Attach,
     LoRALinear,
     add_lora,
     load_lora,
@@ -615,6 +616,10 @@ Q = "mid_block.attentions.0.to_q"
             "conv_in has down (2, 4, 3",
         ),
         (
+            {"conv_in.lora_A.weight": (2, 4, 3, 3), "conv_in.lora_B.weight": (32, 2, 3, 3)},
+            "conv_in has down (2, 4, 3, 3), up (32, 2, 3, 3), for a weight of (32, 4, 3, 3)",
+        ),
+        (
             {f"{Q}.lora_A.weight": torch.full((3, 64), math.nan)},
             f"{Q}.lora_A.weight must be floating point and",
         ),
@@ -830,6 +835,23 @@ def test_unload_takes_off_what_was_added_to_any_network(pipe):
     assert {name: set(getattr(pipe, name).state_dict()) for name in names} == names
 
 
+def test_unloading_leaves_what_else_is_done_to_a_network(pipe, files):
+    def kept(network):
+        network.was_changed = True
+
+    for name in ("prior", "unet"):
+        pipe.change(name, kept)
+    pipe.load_lora(files["both"])
+    pipe.unload_lora()
+    assert pipe.changes == {"prior": [kept], "unet": [kept]}
+    pipe.load_lora(files["unet"])
+    pipe.merge_lora()
+    pipe.load_lora(files["unet"])
+    pipe.unload_lora()
+    first, attach, merge = pipe.changes["unet"]
+    assert first is kept and isinstance(attach, Attach) and merge is merge_lora
+
+
 def test_unloaded_equals_never_loaded(pipe, decoder_folder, files):
     pipe.load_lora(files["both"])
     draw(pipe)
@@ -925,6 +947,9 @@ def test_a_refused_file_changes_neither_network(pipe, files, used_before):
 def test_the_scale_is_a_finite_number(pipe, files, scale, error):
     with pytest.raises(error, match="scale is"):
         pipe.load_lora(files["unet"], scale)
+    with pytest.raises(error, match="scale is"):
+        load_lora(left_alone(), files["unet"], scale)
+    assert not layers_of(left_alone())
     with pytest.raises(TypeError, match=r"load_lora\(\) has no argument 'weight'"):
         pipe.load_lora(files["unet"], weight=1.0)
     assert not any(pipe.changes.values())
