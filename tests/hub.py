@@ -89,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, method: str) -> None:
         storage = self.path.startswith("/storage/")
-        match = re.fullmatch(r"(?:/storage)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", unquote(self.path))
+        sent = self.requestline.split()[1]  # in `path` two slashes at the start are one
+        match = re.fullmatch(r"(?:/storage)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", unquote(sent))
         repository, revision, name = match.groups() if match else ("", "", self.path)
         content = self.hub.files.get((repository, revision), {}).get(name)
         is_large = name.endswith(LARGE)

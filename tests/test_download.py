@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection
 
-from kandinsky import Kandinsky, cli, download
+from kandinsky import Kandinsky, cli, download, zero_image
 from kandinsky.checkpoint import CheckpointError, atomic_file
 from kandinsky.unet import UNet
 from tests.helpers import SHARED, largest_file, relative_l2
@@ -180,6 +180,7 @@ def test_verify_needs_no_network_and_lists_what_is_wrong(place, capsys):
     assert place.hub.requests == []
     (folder / download.ZERO_IMAGE).unlink()
     assert place.run() == 0 and place.there() == FILES  # and a download mends it
+    assert download.File(bytes=9).problem(folder / WEIGHTS) == "has 100,000 bytes, needs 9"
 
 
 @pytest.mark.parametrize("known", ["nothing", "the start"])
@@ -201,6 +202,11 @@ def test_what_the_manifest_does_not_know_is_taken_from_the_hub_and_kept(
     (place.out / NAME / "model_index.json").write_bytes(b"[]")
     assert place.run("2.2", "--verify") == 1
     assert "model_index.json: has the right size but other content" in capsys.readouterr().out
+    (place.out / NAME / download.RECORD).unlink()  # then the hub is asked of what is there, too
+    assert place.run() == 0 and place.hub.bodies == ["model_index.json"]
+    names = FILES if known == "nothing" else ["model_index.json"]
+    record = {"files": {name: record["files"][name] for name in names}}
+    assert json.loads((place.out / NAME / download.RECORD).read_text()) == record
 
 
 @pytest.mark.parametrize(
@@ -297,6 +303,11 @@ def test_a_hub_that_is_busy_for_a_moment_is_asked_again(place, patience):
     place.hub.faults[WEIGHTS] = Fault(status=429, times=2)
     assert place.run() == 0 and place.there() == FILES
     assert len(patience) == 2
+
+
+def test_the_hubs_address_may_end_in_a_slash(place, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", f"{place.hub.endpoint}/")
+    assert place.run() == 0 and place.there() == FILES
 
 
 def closed_port() -> int:
@@ -636,6 +647,16 @@ def test_a_full_disk_under_the_zero_image_is_one_line(whole, capsys):
     assert f"{stored} was not written" in one_line(capsys)
     assert whole.run() == 0 and stored.read_bytes() == content
     assert not [path for path in stored.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_too_little_memory_for_the_zero_image_says_that_all_files_are_there(tmp_path, monkeypatch):
+    def fail(prior):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace")
+
+    monkeypatch.setattr(zero_image, "compute_zero_image_embeds", fail)
+    with pytest.raises(MemoryError, match=r"\(DefaultCPUAllocator: .* memory\); all files are downloaded"):
+        download.store_zero_image_embeds(tmp_path, say=lambda line: None)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
