@@ -506,6 +506,8 @@ def test_what_writers_left_is_found_by_the_letter(tmp_path):
     with atomic_file(tmp_path / "[a]b.bin") as temporary:
         temporary.with_name(temporary.name.replace("[a]", "a")).write_text("of ab.bin")
         assert temporaries(tmp_path / "[a]b.bin") == [temporary]
+    with atomic_file(tmp_path / ("a" * 251 + ".bin")) as temporary:  # the longest name there is
+        assert temporaries(tmp_path / ("a" * 251 + ".bin")) == [temporary]
 
 
 @torch.no_grad()
@@ -523,6 +525,8 @@ def test_networks_that_were_checked_are_told_apart(tmp_path):
     CLIPTextEncoder.check_pretrained(tmp_path / "gelu")
     read = CLIPTextEncoder.from_pretrained(tmp_path / "quick_gelu")
     assert read.config.quick_gelu and read.text_model.encoder.layers[0].mlp.quick_gelu
+    one, other = (CLIPTextEncoder.from_pretrained(tmp_path / "gelu") for _ in range(2))
+    assert one is not other  # what was checked is given to the first alone
 
 
 @torch.no_grad()
@@ -545,9 +549,10 @@ def test_saving_over_shards_leaves_one_set_of_weights(tmp_path):
     theirs = type(other).from_pretrained(tmp_path / "unet")
     assert all(torch.equal(theirs.state_dict()[k], v) for k, v in other.state_dict().items())
     index = tmp_path / "unet" / f"{WEIGHTS}.index.json"
-    index.write_text('{"weight_map": {"a": "config.json"}}')
-    ours(UNet, other).save_pretrained(tmp_path / "unet")
-    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", WEIGHTS}
+    for weight_map in ({"a": "config.json"}, {"a": WEIGHTS}, {}):  # what is saved is never taken for a piece
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        ours(UNet, other).save_pretrained(tmp_path / "unet")
+        assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", WEIGHTS}
     index.write_text('{"weight_map": {"a": "b.safetensors"}}')
     assert f"holds {WEIGHTS} and {WEIGHTS}.index.json: two sets of weights" in refusal(tmp_path / "unet")
 
