@@ -127,6 +127,12 @@ def test_a_long_name_is_written_or_refused_before_the_work(tmp_path):
     assert [*tmp_path.iterdir()] == [longest]
 
 
+def test_the_longest_side_that_a_format_has_is_written_in_it():
+    assert images.fitting_name(Path("a.webp"), (2, 16383)) == Path("a.webp")
+    with pytest.warns(UserWarning, match="up to 16383 pixels a side, this picture 16384×2; it is written as"):
+        assert images.fitting_name(Path("a.webp"), (16384, 2)) == Path("a.png")
+
+
 @pytest.mark.parametrize("name", ["out", "out.bmp", "out.png.gz"])
 def test_other_suffixes_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="use .png, .jpg, .jpeg, .webp"):

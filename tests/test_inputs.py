@@ -46,10 +46,14 @@ def test_the_same_picture_is_the_same_tensor_in_every_form(form):
     assert before == form if isinstance(form, Image.Image) else (before == form).all()
 
 
-def test_a_read_only_array_is_read():
-    frozen = LEVELS.copy()
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_torch_does_not_take_and_tensors_with_a_gradient_are_read():
+    frozen, backwards = LEVELS.copy(), LEVELS[::-1, :, ::-1]  # the colours too, as OpenCV has them
     frozen.setflags(write=False)
     assert torch.equal(images.picture(frozen), WANTED)
+    assert torch.equal(images.picture(backwards), WANTED.flip(0, 1))
+    assert torch.equal(masks.mask((LEVELS[..., 2] / 255)[::-1]), masks.mask(WANTED[2].flip(0)))
+    assert not images.picture(WANTED.clone().requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX", "RGB"])
