@@ -10,8 +10,10 @@ import sys
 import time
 import weakref
 from argparse import ArgumentParser
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -47,11 +49,12 @@ from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import to_pil
 from kandinsky.judge import see
 from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses, spot_loss
+from kandinsky.optimize import optimize
 from kandinsky.prior_training import PriorObjective, deepen, prior_loss
 from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.shapes import OBJECT_WEIGHTS
-from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize, save_as
+from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize, save_as, tile
 from kandinsky.unet import AttentionBlock, ResnetBlock
 from kandinsky.vocabulary import END, START, write_tokenizer
 from tests.helpers import randn, relative_l2
@@ -451,6 +454,8 @@ def test_a_cache_made_from_something_else_is_refused(tmp_path):
             build(count=3)
         with pytest.raises(ValueError, match="the same encoder;"):
             build(encoder=digest(initialize(movq_objective().movq, 7)))
+        with pytest.raises(ValueError, match="the same encoder;"):  # the file says more than is asked
+            Cache.read(path, made_from={"data": repr(data), "count": 4})
     assert digest(movq) == digest(movq_objective().movq.half())
     save_file({"image_embeds": torch.zeros(4, 3)}, path)
     with pytest.raises(ValueError, match="the same encoder, data, count; delete it"):
@@ -661,6 +666,23 @@ def test_accumulated_batches_are_the_mean_of_both_and_are_clipped_together(tmp_p
         assert relative_l2(trainer.optimizer.state[p]["exp_avg"] * 20, wanted[name]) <= 1e-4
 
 
+def test_an_optimized_network_is_not_trained(tmp_path):
+    objective = movq_objective()
+    optimize(objective.movq)
+    with pytest.raises(ValueError, match="an optimized network is for drawing"):
+        Trainer(objective, Settings(1, 2), tmp_path)
+
+
+def test_steps_and_their_parts_see_each_sample_once(tmp_path):
+    objective = movq_objective()
+    objective.batch = lambda indices: {"indices": indices}
+    trainer = Trainer(objective, Settings(3, 2, accumulate=2), tmp_path)
+    trainer.step = 1
+    with ThreadPoolExecutor(1) as ahead:
+        steps = [[batch["indices"] for batch in batches] for batches in islice(trainer._batches(ahead), 2)]
+    assert steps == [[[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+
+
 def test_a_run_that_is_taken_up_again_gives_the_same_bits_and_forgets_what_came_after_its_save(tmp_path):
     metrics = tmp_path / "again" / "training" / "metrics.jsonl"
     for folder, steps in ("whole", 4), ("again", 2), ("again", 4):
@@ -674,6 +696,21 @@ def test_a_run_that_is_taken_up_again_gives_the_same_bits_and_forgets_what_came_
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4]
+
+
+def test_matrices_alone_decay_and_spatial_norms_start_as_plain_ones(tmp_path):
+    trainer = Trainer(movq_objective(), Settings(weight_decay=0.1), tmp_path)
+    groups = [({p.ndim > 1 for p in g["params"]}, g["weight_decay"]) for g in trainer.optimizer.param_groups]
+    assert groups == [({True}, 0.1), ({False}, 0.0)]
+    shifts = [p for name, p in trainer.weights.items() if name.endswith("conv_y.bias")]
+    assert shifts and all((p == 1).all() for p in shifts)
+
+
+def test_sample_grids_are_clamped_and_stand_in_rows():
+    grid = torch.tensor([[0.5, 2.0, -1.0]])[..., None, None, None].expand(2, 3, 3, 1, 1)
+    sheet = tile(grid)
+    assert sheet.shape == (3, 6, 9) and sheet[0, 1].tolist() == [1, 0.5, 1, 1, 1, 1, 1, 0, 1]
+    assert torch.equal(sheet[:, :3], sheet[:, 3:]) and (sheet[:, 0] == 1).all()
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):
