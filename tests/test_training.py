@@ -478,13 +478,17 @@ def test_of_several_processes_one_encodes(tmp_path, monkeypatch):
 
 
 def test_samples_made_by_other_processes_in_other_batches_are_encoded_alike(tmp_path):
-    encode = lambda samples: {"image_embeds": samples.pixels.mean(dim=(2, 3))}  # noqa: E731
+    def encode(samples: Samples) -> dict[str, torch.Tensor]:
+        return {"image_embeds": samples.pixels.mean(dim=(2, 3)), "empty_embeds": torch.ones(1, 3)}
+
     ways = [{"workers": 0}, {"workers": 2, "batch_size": 3}]
     caches = [
-        build_cache(Shapes(3, 16), 8, tmp_path / str(i), encode, progress=False, **way)["image_embeds"]
+        build_cache(Shapes(3, 16), 8, tmp_path / str(i), encode, progress=False, **way).tensors
         for i, way in enumerate(ways)
     ]
-    assert torch.equal(*caches) and len(caches[0].unique(dim=0)) == 8
+    embeds = [cache["image_embeds"] for cache in caches]
+    assert torch.equal(*embeds) and len(embeds[0].unique(dim=0)) == 8
+    assert all(cache["empty_embeds"].shape == (1, 3) for cache in caches)  # the empty prompt's, once
 
 
 @pytest.mark.parametrize("workers", [0, 1])
