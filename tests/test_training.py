@@ -44,7 +44,7 @@ from kandinsky.clip_training import recolor, scene_labels
 from kandinsky.config import MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
 from kandinsky.decoder_training import DecoderObjective, Painter, decoder_loss, widen
-from kandinsky.embedding_cache import Cache, build_cache, digest
+from kandinsky.embedding_cache import Cache, build_cache, digest, tokenizer_digest
 from kandinsky.encoders import CLIPTextEncoder
 from kandinsky.images import to_pil
 from kandinsky.judge import see
@@ -426,6 +426,19 @@ def test_another_seed_is_another_order(tmp_path):
         assert a == b != c != d != a and sorted(a) == sorted(c) == sorted(d)
     today = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     assert orders[0][1] == small_cache(8)["image_embeds"][today].tolist()
+    encode = lambda samples: {"image_embeds": samples.pixels.mean(dim=(2, 3))}  # noqa: E731
+    made, read = (build_cache(data, 8, tmp_path / "cache", encode, progress=False, seed=2) for _ in range(2))
+    assert torch.equal(*(cache.rows(range(8), "image_embeds")["image_embeds"] for cache in (made, read)))
+
+
+def test_a_tokenizers_digest_is_of_the_files_that_make_ids(tmp_path):
+    found = [tokenizer_digest(tmp_path)]
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "sentencepiece.bpe.model"):
+        (tmp_path / name).write_text("a")
+        found.append(tokenizer_digest(tmp_path))
+    assert len(set(found)) == 5
+    (tmp_path / "tokenizer_config.json").write_text("a")
+    assert tokenizer_digest(tmp_path) == found[-1]
 
 
 def test_a_cache_made_from_something_else_is_refused(tmp_path):
