@@ -323,6 +323,16 @@ def settings(decoder_folder):
     return metadata.describe(pipe, "text2img", call, 0, {}, 1.0)
 
 
+def test_what_viewers_read_is_of_this_picture_of_the_call(settings):
+    call = {"prompt": ["a cat", "a dog"], "negative_prompt": ["bad", "ugly"], "num_images_per_prompt": 2}
+    settings["call"] |= call | {"seed": [3, 4, 5, 6]}
+    settings["index"], settings["checkpoint"]["decoder"] = 2, {"name": "mine: the second", "hash": "0" * 64}
+    assert metadata.texts(settings, (24, 16))["parameters"] == (
+        "a dog\nNegative prompt: ugly\nSteps: 1, Sampler: DDPM, CFG scale: 4.0, Seed: 5, Size: 24x16, "
+        'Model hash: 0000000000, Model: "mine: the second"'
+    )
+
+
 def changed(settings, path, value):
     settings = json.loads(json.dumps(settings))
     *parents, last = path.split("/")
