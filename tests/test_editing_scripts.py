@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from kandinsky import ImageEmbeds, Kandinsky, cli, drawing, images, lora, metadata
 from tests.test_images import picture
+from tests.test_inputs import png_header
 from tests.test_scripts import run
 from tests.test_tasks import half_mask
 
@@ -423,6 +424,8 @@ def test_settings_that_are_too_large_too_deep_or_none_are_refused(settings, tmp_
     ]
     picture(4, 4).save(tmp_path / "cat.jpg")
     cases.append((tmp_path / "cat.jpg", "is not a whole PNG picture"))
+    (tmp_path / "huge.png").write_bytes(png_header(100_000, 100_000))
+    cases.append((tmp_path / "huge.png", "is not a whole PNG picture"))
     for path, message in cases:
         with pytest.raises(metadata.SettingsError, match=message):
             metadata.read(path)
