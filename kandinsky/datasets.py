@@ -87,8 +87,8 @@ class Shapes:
 
 
 class Folder:
-    """Pictures with captions in a folder: `metadata.jsonl` with `file_name` and `text`, as the Hub's
-    imagefolder has it, or a `.txt` beside each picture. What cannot be read is reported and left out.
+    """Pictures with captions in a folder: `metadata.jsonl` with `file_name` and `text` or `caption`, as the
+    Hub's imagefolder has it, or a `.txt` beside each picture. What cannot be read is reported and left out.
 
     hints: each picture needs one of its own aspect, `hint_file_name` in `metadata.jsonl`, or `cat.hint.png`
         beside `cat.jpg`.

@@ -402,6 +402,7 @@ def test_packed_captions_come_back_padded_and_in_a_new_order_each_round():
     rows = cache.rows(list(range(12)), "image_embeds", "text")
     order = [shuffled(i, 12) for i in range(24)]
     assert sorted(order[:12]) == sorted(order[12:]) == list(range(12)) and order[:12] != order[12:]
+    assert sorted(shuffled(i, 12, seed=2**64 - 1) for i in range(12)) == list(range(12))  # any seed will do
     ends = cache["text_lengths"].cumsum(dim=0).tolist()
     for row, source in enumerate(order[:12]):
         start, end = ends[source] - int(cache["text_lengths"][source]), ends[source]
@@ -827,11 +828,13 @@ def test_folder_reads_captions_beside_pictures_and_crops_the_middle(tmp_path, ca
     picture = np.zeros((20, 60, 3), np.uint8)
     picture[:, 20:40] = 255
     Image.fromarray(picture).save(tmp_path / "wide.png")
-    (tmp_path / "wide.txt").write_text("a white\nsquare\n")
+    (tmp_path / "wide.txt").write_text("a white\nsquare\n", encoding="utf-8-sig")  # as some editors write
     Image.fromarray(picture).save(tmp_path / "lonely.png")
     samples = Folder(tmp_path, 16).load([0])
     assert samples.captions == ["a white square"] and samples.pixels[..., 1:-1].min() > 0.999
     assert "lonely.png has no caption" in capsys.readouterr().err
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "lonely.png", "caption": "a square"}')
+    assert Folder(tmp_path, 16).load([0]).captions == ["a square"]
 
 
 def test_hints_are_read_beside_pictures_and_are_no_pictures(tmp_path, capsys):
