@@ -500,6 +500,7 @@ def test_the_authors_decoder_gives_the_published_tensors(in_channels, channels, 
 def test_the_authors_movq_gives_the_published_tensors(levels, tmp_path):
     reference = reference_movq(levels)
     torch.save(original_movq(reference.state_dict(), levels, 1), tmp_path / "movq.ckpt")
+    (tmp_path / "config.json").write_text('{"_class_name": "of something else"}')
     target = convert(tmp_path / "movq.ckpt")
     assert_same(load_file(target), reference.state_dict())
     assert_same(MoVQ.from_pretrained(target.parent).state_dict(), reference.state_dict())
