@@ -296,7 +296,11 @@ def test_missing_weights_leave_the_last_seeds_and_what_needs_them_not(decoder_fo
     ):
         with pytest.raises(CheckpointError, match="no such file: .*(prior|movq).diffusion_pytorch_model"):
             call()
-    assert pipe.seeds == [5] and set(pipe._loaded) == {"unet"}
+    (folder.parent / "kandinsky-2-2-prior" / "tokenizer" / "vocab.json").unlink()
+    fresh = Kandinsky.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="no such file: .*vocab.json"):
+        fresh.embed(PROMPT, seed=9)
+    assert pipe.seeds == [5] and set(pipe._loaded) == {"unet"} and not fresh._loaded and not fresh.seeds
 
 
 def test_replaced_networks_need_no_prior_folder(decoder_folder, tmp_path, pipe):
@@ -392,6 +396,8 @@ def test_what_a_call_in_inference_mode_reads_can_be_changed_and_trained_outside(
     our_pictures(pipe, 0, prompt=PROMPT)
     with torch.inference_mode():
         pipe.restore()
+        pipe.change("prior", lambda network: setattr(network, "added", torch.zeros(1)))
+    assert not pipe.prior.added.is_inference()
     pipe.to(dtype=torch.bfloat16).to(dtype=torch.float32)
     add_lora(pipe.unet, 2)
     unet_output(pipe.unet).sum().backward()
