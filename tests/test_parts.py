@@ -383,9 +383,10 @@ def test_a_tower_of_ones_own_makes_its_own_zero_image(decoder_folder):
 
 
 def test_what_a_call_in_inference_mode_reads_can_be_changed_and_trained_outside(decoder_folder):
+    given = {"prompt": PROMPT, "height": 16, "width": 16, "num_inference_steps": 1}
     with torch.inference_mode():
         pipe = Kandinsky.from_pretrained(decoder_folder)
-        our_pictures(pipe, 0, prompt=PROMPT)
+        our_pictures(pipe, 0, **given)
         pipe.to(dtype=torch.bfloat16).to(dtype=torch.float32)
     networks = [pipe.text_encoder, pipe.prior, pipe.unet, pipe.movq]
     assert not any(p.is_inference() for network in networks for p in network.parameters())
@@ -393,7 +394,7 @@ def test_what_a_call_in_inference_mode_reads_can_be_changed_and_trained_outside(
     assert not any(constant.is_inference() for constant in constants)
     with torch.inference_mode():
         pipe.optimize()
-    our_pictures(pipe, 0, prompt=PROMPT)
+    our_pictures(pipe, 0, **given)
     with torch.inference_mode():
         pipe.restore()
         pipe.change("prior", lambda network: setattr(network, "added", torch.zeros(1)))
