@@ -75,8 +75,9 @@ class _Graphed(nn.Module):
         self.graphs[:] = [g for g in self.graphs if g.asked[0] == rests_on and g.asked[1][0][1:] == shape[1:]]
         del self.graphs[:-1]
         try:
-            self.graphs.append(Graph(asked, *given))
-            return self.graphs[-1]
+            graph = Graph(asked, *given)
+            self.graphs.append(graph)
+            return graph
         except FloatingPointError:
             return None  # the run ends with one, or its next input is better
         except NoGraph as error:
@@ -137,12 +138,15 @@ class GraphedPrior(_Graphed, Prior):
 
 
 class GraphedMoVQ(_Graphed, MoVQ):
-    """From the second decoding of a size on: a single picture is not worth a capture. Large ones take longer
-    than the launches of their kernels, and would keep the memory of a decoding."""
+    """From the second decoding of a size on, be it of the same batch, which comes in groups: a single picture
+    is not worth a capture. Large ones take longer than the launches of their kernels, and would keep the
+    memory of a decoding."""
 
     def decode(self, latents: Tensor) -> Tensor:
         rests_on = dependencies(self, latents)
-        again, self.decoded = vars(self).get("decoded") == latents.shape, latents.shape
+        # of one size, as those of another take its graph's place; in any numbers of rows
+        decoded = {shape for shape in vars(self).get("decoded", ()) if shape[1:] == latents.shape[1:]}
+        again, self.decoded = latents.shape in decoded, decoded | {latents.shape}
         if latents.numel() > LARGEST_DECODING:
             vars(self).pop("graphs", None)
             return super().decode(latents)
@@ -161,7 +165,7 @@ class Graph:
         self, asked: list, compute: Callable[..., Tensor], changing: list[Tensor], kept: list[Tensor]
     ):
         self.asked, self.copied = asked, [TensorWeakRef(tensor) for tensor in kept]
-        self.replaying = Lock()  # the buffers are one for all threads
+        self.replaying = Lock()  # the buffers are one for all threads, which share a stream
         try:
             self.changing, self.kept = ([tensor.clone() for tensor in given] for given in (changing, kept))
             with torch.cuda.device_of(self.changing[0]):

@@ -25,9 +25,9 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
     channels last       maps and convolution weights in NHWC order, as tensor cores read them (CUDA)
     fused norms         group norm, scale, shift and SiLU in Triton kernels (`kandinsky.fused`; CUDA)
     compiled blocks     each block under `torch.compile`; the first call waits for the compiler
-    cuda graph          a step of U-Net or prior as one launch, and MoVQ's decoding of up to two pictures of
-                        512 px, from the second of a size on (`kandinsky.graphs`; CUDA); the memory of a step
-                        and of a decoding stays taken
+    cuda graph          a step of U-Net or prior as one launch, and MoVQ's decoding of a picture of 512 px, or
+                        of two, from the second time on (`kandinsky.graphs`; CUDA); the memory of a step and
+                        of a decoding stays taken
 
 A rewrite marked CPU or CUDA leaves networks on other devices as they are. Compiled blocks are asked for by
 name or with `compile=True`, for the compiler's wait. Packed weights and Winograd do not go with them, and

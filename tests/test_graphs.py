@@ -363,6 +363,16 @@ def test_the_pictures_of_a_batch_that_are_decoded_one_by_one_do_not_overwrite_ea
     assert not any(torch.equal(a, b) for a, b in zip(drawn, drawn[1:]))
 
 
+def test_groups_of_two_sizes_have_a_graph_each(device, decoder_folder, monkeypatch):
+    monkeypatch.setattr("kandinsky.pipeline.PIXELS_IN_MOVQ", 2 * 16 * 32)
+    pipe = Kandinsky.from_pretrained(decoder_folder, device=device)
+    pipe.movq.__class__ = GraphedMoVQ
+    settings = {"num_inference_steps": 1, "prior_num_inference_steps": 2, "seed": 3, "output_type": "pt"}
+    settings |= {"height": 16, "width": 32, "num_images_per_prompt": 3}
+    drawn = [pipe.text2img("a red cat", **settings) for _ in range(3)]
+    assert len(graphs.captured) == 2 and all(relative_l2(x, drawn[0]) <= 1e-5 for x in drawn)
+
+
 def test_hooks_gradients_and_autocast_are_served_without_the_graph(device, monkeypatch):
     _, graphed = pair(device)
     plan, x, seen = graphed.prepare(randn(1, EMBEDDING_DIM).to(device), [5]), randn(1, 4, 8, 8).to(device), []
