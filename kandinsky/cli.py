@@ -105,7 +105,11 @@ def add_model_flags(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps …")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--low-memory", action="store_true", help="free each network after use")
+    parser.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="free each network after use; it is read again for each batch",
+    )
     parser.add_argument(
         "--optimize", action="store_true", help="rewrite the networks to run faster; worth it for large ones"
     )

@@ -21,16 +21,15 @@ _BESIDE_FROM_PNG = {"from_png", "image", "mask", "hint", "lora", "weights", "pri
 _BESIDE_FROM_PNG |= {"out", "overwrite", "no_metadata", "animation"}
 _FLAGS = {"image": "--image", "mask_image": "--mask", "hint": "--hint", "lora": "--lora"}
 
-Inputs = dict[str, list[Image.Image]]
+Pictures = dict[str, list[Image.Image]]
 
 
 class Job(NamedTuple):
-    """What a script draws."""
+    """How a script checks a call, and draws it."""
 
-    # raises what is wrong with a call, before weights are read
-    check: Callable[[Kandinsky, dict[str, Any], Inputs], None]
-    # draws it, or a batch of it
-    run: Callable[[Kandinsky, dict[str, Any], Inputs], list[Image.Image]]
+    # raises what is wrong with it, before weights are read
+    check: Callable[[Kandinsky, dict[str, Any], Pictures], None]
+    run: Callable[[Kandinsky, dict[str, Any], Pictures], list[Image.Image]]
 
 
 class Batch(NamedTuple):
@@ -43,6 +42,9 @@ class Batch(NamedTuple):
     def of(self, items: list) -> list:
         """Of the call's prompts, or of its pictures of a kind, this batch's; one alone goes with all."""
         return items if len(items) == 1 else items[self.prompts]
+
+    def pictures(self, whole: Pictures) -> Pictures:
+        return {name: self.of(items) for name, items in whole.items()}
 
     def call(self, whole: dict[str, Any]) -> dict[str, Any]:
         """The whole call's arguments, for this batch."""
@@ -57,15 +59,20 @@ class Batch(NamedTuple):
 
 
 def batches(num_prompts: int, images_per_prompt: int, seeds: list[int], size: int) -> Iterator[Batch]:
-    """A call's images, prompt by prompt, in batches of at most `size`."""
-    prompts_at_once, most = max(1, size // images_per_prompt), min(size, images_per_prompt)
-    seeds = iter(seeds)
+    """A call's images, prompt by prompt, in batches of at most `size`, as equal as may be."""
+    prompts_at_once = _even_share(num_prompts, max(1, size // images_per_prompt))
+    images_at_once, left = _even_share(images_per_prompt, size), iter(seeds)
     for start in range(0, num_prompts, prompts_at_once):
         count = min(prompts_at_once, num_prompts - start)
         prompts = slice(None) if count == num_prompts else slice(start, start + count)
-        for first in range(0, images_per_prompt, most):
-            images = min(most, images_per_prompt - first)
-            yield Batch(prompts, images, list(itertools.islice(seeds, count * images)))
+        for first in range(0, images_per_prompt, images_at_once):
+            each = min(images_at_once, images_per_prompt - first)
+            yield Batch(prompts, each, list(itertools.islice(left, count * each)))
+
+
+def _even_share(count: int, most: int) -> int:
+    """The size of as few groups as hold `count`, none above `most`: packed weights are for one size."""
+    return -(-count // -(-count // most))
 
 
 def parse(parser: cli.OneLineParser, task: str, argv: Sequence[str] | None) -> tuple[Namespace, dict | None]:
@@ -139,11 +146,11 @@ def call_of(args: Namespace) -> dict[str, Any]:
 def job(task: str) -> Job:
     """Calls the pipeline's method; one picture goes with every prompt, several go one with each."""
 
-    def check(pipe: Kandinsky, call: dict[str, Any], inputs: Inputs) -> None:
-        pipe.check(task, **call, **inputs)
+    def check(pipe: Kandinsky, call: dict[str, Any], pictures: Pictures) -> None:
+        pipe.check(task, **call, **pictures)
 
-    def run(pipe: Kandinsky, call: dict[str, Any], inputs: Inputs) -> list[Image.Image]:
-        return getattr(pipe, task)(**call, **inputs, progress=True)
+    def run(pipe: Kandinsky, call: dict[str, Any], pictures: Pictures) -> list[Image.Image]:
+        return getattr(pipe, task)(**call, **pictures, progress=True)
 
     return Job(check, run)
 
@@ -169,14 +176,16 @@ def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None
     files = {"image": args.image, "mask_image": args.mask, "hint": args.hint, "lora": args.lora}
     files = {name: paths for name, paths in files.items() if paths}
     decoder = cli.decoder_folder(args.weights, cli.decoder_kind(task, "hint" in files))
-    pictures = {name: paths for name, paths in files.items() if name != "lora"}
-    inputs = {name: [images.open_image(path) for path in paths] for name, paths in pictures.items()}
+    pictures = {name: [images.open_image(p) for p in files[name]] for name in files if name != "lora"}
     keep_loaded = not args.low_memory
     dtype = getattr(torch, args.dtype)
     pipe = Kandinsky.from_pretrained(decoder, args.prior, args.device, dtype, keep_loaded)
     if settings is not None:
         _compare(settings, pipe, files)
-    job.check(pipe, call, inputs)
+    whole = Batch(slice(None), call["num_images_per_prompt"], call["seed"])
+    drawn = [whole] if settings is not None else _batches(task, call, pictures, args.batch_size)
+    for batch in drawn if pictures else [whole]:  # pictures by batches, as what they are checked as is large
+        job.check(pipe, batch.call(call), batch.pictures(pictures))
     for path in args.lora or []:
         pipe.load_lora(path, args.lora_scale)
     if args.optimize:
@@ -186,28 +195,23 @@ def draw(task: str, call: dict[str, Any], args: Namespace, settings: dict | None
         if images.check_suffix(args.out) == "PNG" and not args.no_metadata:
             # before it is drawn: files may be moved meanwhile
             described = metadata.describe(pipe, task, call, 0, files, args.lora_scale)
-        parts = _batches(task, call, inputs, args.batch_size) if settings is None else [_whole(call)]
-        total = 1 if settings is not None else sum(len(part.seeds) for part in parts)
-        names = iter(cli.numbered(args.out, total))
-        for part in parts:
-            own = {name: part.of(items) for name, items in inputs.items()}
-            drawn = dict(enumerate(job.run(pipe, part.call(call), own)))
+        names = iter(cli.numbered(args.out, 1 if settings else sum(len(batch.seeds) for batch in drawn)))
+        for batch in drawn:
+            made = dict(enumerate(job.run(pipe, batch.call(call), batch.pictures(pictures))))
             if settings is not None:
-                drawn = {settings["index"]: drawn[settings["index"]]}
-            _write(drawn, part.seeds, described and part.settings(described), names, args)
+                made = {settings["index"]: made[settings["index"]]}
+            _write(made, batch.seeds, described and batch.settings(described), names, args)
 
 
-def _batches(task: str, call: dict[str, Any], inputs: Inputs, size: int) -> list[Batch]:
-    """Of a call that was checked; draws its seeds."""
+def _batches(task: str, call: dict[str, Any], pictures: Pictures, size: int) -> list[Batch]:
+    """Draws the call's seeds, too."""
+    lengths = {_FLAGS[name]: len(items) for name, items in pictures.items()}
+    lengths |= {"prompts": len(call["prompt"])} if call["prompt"] else {}
     # a mixture's prompts and pictures are one thing to draw
-    lists = [] if task == "mix" else [call["prompt"] or [], *inputs.values()]
-    num_prompts, images_per_prompt = max(map(len, lists), default=1), call["num_images_per_prompt"]
+    num_prompts = 1 if task == "mix" else arguments.batch(**lengths)
+    images_per_prompt = arguments.whole(call["num_images_per_prompt"], "--num-images")
     seeds = arguments.seeds(call["seed"], num_prompts * images_per_prompt)
     return list(batches(num_prompts, images_per_prompt, seeds, size))
-
-
-def _whole(call: dict[str, Any]) -> Batch:
-    return Batch(slice(None), call["num_images_per_prompt"], call["seed"])
 
 
 def write(

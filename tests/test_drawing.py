@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kandinsky import ImageEmbeds, Kandinsky, drawing, metadata
-from tests.test_images import picture
+from tests.helpers import picture
 from tests.test_scripts import run
 
 QUICK = ["--steps", "1", "--prior-steps", "1"]
@@ -121,17 +121,8 @@ def test_a_run_that_is_stopped_keeps_the_batches_before(decoder_folder, files, m
         return draw(pipe, prompt, **call)
 
     monkeypatch.setattr(Kandinsky, "text2img", stopped_at_the_second)
-    given = [
-        "--prompts",
-        files / "prompts.txt",
-        "--height",
-        "16",
-        "--width",
-        "16",
-        "--batch-size",
-        "2",
-        *QUICK,
-    ]
+    given = ["--prompts", files / "prompts.txt", "--batch-size", "2", "--height", "16", "--width", "16"]
+    given += QUICK
     assert run("text2img", *given, "--weights", decoder_folder, "--out", files / "out.png") == 130
     assert calls == [["a red cat", "an"], ["a blue dog"]] and capsys.readouterr().out.count("seed") == 2
     assert sorted(path.name for path in files.glob("out*")) == ["out-0.png", "out-1.png"]
@@ -140,9 +131,9 @@ def test_a_run_that_is_stopped_keeps_the_batches_before(decoder_folder, files, m
 @pytest.mark.parametrize(
     "script, given, message",
     [
-        ("img2img", ["--prompts", "prompts.txt", "--image", "b.png"], "3 prompts, 2 pictures"),
-        ("img2img", ["a cat", "--image", "b.png", "--image", "wide.png"], "the pictures' sizes differ"),
-        ("text2img", ["a cat", "--num-images", "0"], "num_images_per_prompt is 0"),
+        ("img2img", ["--prompts", "prompts.txt", "--image", "b.png"], "2 --image, 3 prompts: lists"),
+        ("img2img", ["a cat", "--image", "b.png", "--image", "c.png", "--image", "wide.png"], "sizes differ"),
+        ("text2img", ["a cat", "--num-images", "0"], "--num-images is 0"),
         ("text2img", ["a cat", "--seed", "-1"], "seed is -1"),
         ("text2img", ["a cat", "--batch-size", "0"], "argument --batch-size: value is 0"),
         ("text2img", ["--from-png", "a.png", "--batch-size", "2"], "it takes no batch-size beside it"),
@@ -154,7 +145,26 @@ def test_what_is_wrong_with_the_whole_call_is_told_before_a_batch(
     picture(32, 16).save(files / "wide.png")
     monkeypatch.chdir(files)
     more = ["--image", "a.png"] if script == "img2img" else []
-    size = [] if "--batch-size" in given else ["--batch-size", "1"]
+    size = [] if "--batch-size" in given else ["--batch-size", "2"]  # what differs is in the second
     assert run(script, *given, *more, *size, "--weights", decoder_folder, "--out", "out.png") == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1 and not list(files.glob("out*"))
+
+
+def test_pictures_of_different_sizes_are_drawn_one_by_one(decoder_folder, files):
+    picture(48, 16).save(files / "wide.png")
+    given = ["a cat", "--image", files / "a.png", "--image", files / "wide.png", "--strength", "1", *QUICK]
+    given += ["--weights", decoder_folder, "--batch-size", "1"]
+    assert run("img2img", *given, "--out", files / "out.png") == 0
+    assert [pixels(files / f"out-{i}.png").shape for i in range(2)] == [(16, 16, 3), (16, 48, 3)]
+
+
+def test_batches_are_as_equal_as_may_be():
+    for (num_prompts, each), sizes in {
+        (9, 1): [5, 4],
+        (1, 12): [6, 6],
+        (3, 4): [8, 4],
+        (2, 9): [5, 4] * 2,
+    }.items():
+        made = drawing.batches(num_prompts, each, list(range(num_prompts * each)), 8)
+        assert [len(batch.seeds) for batch in made] == sizes
