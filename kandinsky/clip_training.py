@@ -69,11 +69,15 @@ class ConvEncoder(nn.Module, Pretrained):
         return self.norm(self.out(self.layers(pixels).flatten(1)).float())
 
 
+def image_encoder_of(folder: Path) -> tuple[type[ConvEncoder] | type[CLIPImageEncoder], Path]:
+    """What makes a folder's embeddings, and where it lies: the teacher, or without one the image tower."""
+    teacher = folder / "teacher"
+    return (ConvEncoder, teacher) if teacher.is_dir() else (CLIPImageEncoder, folder / "image_encoder")
+
+
 def load_image_encoder(folder: Path) -> ConvEncoder | CLIPImageEncoder:
-    """What a folder's embeddings are made by: the teacher, where one lies there, else the image tower."""
-    if (folder / "teacher").is_dir():
-        return ConvEncoder.from_pretrained(folder / "teacher")
-    return CLIPImageEncoder.from_pretrained(folder / "image_encoder")
+    kind, place = image_encoder_of(folder)
+    return kind.from_pretrained(place)
 
 
 class CaptionHead(nn.Module):

@@ -122,7 +122,7 @@ def _trace_prior(pipe: Kandinsky, found: Trace) -> ImageEmbeds:
     is_guided = found.settings["prior_guidance_scale"] > 1
 
     def read_out(weights: Tensor) -> Tensor:
-        row = min(int(is_guided), len(weights) - 1)  # the prefill, not kept, runs equal texts once
+        row = min(int(is_guided), len(weights) - 1)  # the prefill has one of equal texts; it is dropped below
         return weights[row, :, -1].mean(dim=0).cpu()
 
     start = time.perf_counter()

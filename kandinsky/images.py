@@ -257,13 +257,13 @@ def check_suffix(path: Path, suffixes: dict[str, str] = SUFFIXES) -> str:
 
 
 def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
-    """Raises now what writing a picture would raise after the work is done."""
+    """Raises now what writing a file would raise after the work is done. suffixes: formats, by suffix"""
     path = Path(path)
     check_suffix(path, suffixes)
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise OSError(f"{path} cannot be written: its name is longer than {LONGEST_NAME} bytes")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the picture's name too")
+        raise IsADirectoryError(f"{path} is a folder; give the file's name too")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         with TemporaryFile(dir=parent):

@@ -29,8 +29,8 @@ from kandinsky.sampling import ImageEmbeds, Noise, Step, sample_inpainting, samp
 from kandinsky.schedulers import DDPMScheduler
 from kandinsky.unet import UNet
 
-# of the pictures that go through MoVQ at once: its maps take 1 GiB for so many in float32, and more at once
-# take a CPU longer
+# MoVQ takes pictures in groups of so many: its maps are 1 GiB then, in float32, and larger groups take a CPU
+# longer
 PIXELS_IN_MOVQ = 512 * 512
 # a task's decoder loop with all but these given: (unet, image_embeds, x, draw) -> steps
 Loop = Callable[[UNet, Tensor, Tensor, Callable[[], Tensor]], Iterator[Step]]

@@ -155,8 +155,8 @@ def train(
 ) -> None:
     """Runs the training that the flags describe, in one process or in those that torchrun started.
 
-    write_around: writes what the networks lie in, once a state found in --out was taken up: one of another
-    training is refused, and what it made stays as it is.
+    write_around: writes the files around the networks, after a state found in --out was accepted: where it
+    is another training's, nothing is written.
     """
     if args.checkpointing:
         checkpoint_blocks(objective, *block_kinds)

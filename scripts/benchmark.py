@@ -219,8 +219,8 @@ def report_part(name: str, result: dict[str, Any], args) -> None:
 
 
 def measure_cuda(args) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What is worth knowing on a GPU, most important first: what the README states, where the time goes, and
-    all the rest."""
+    """What is worth knowing on a GPU, most important first: parts and single pictures of 512 px, where the
+    time goes, then larger ones and all the rest."""
     where = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
     yield "machine", {"device": where, "torch": torch.__version__}
     half, networks = "bfloat16", ["unet", "prior", "movq", "text_encoder"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kandinsky import Kandinsky, MoVQ, UNet, cli, training_cli
-from kandinsky.clip_training import clip_normalize, load_image_encoder
+from kandinsky.clip_training import clip_normalize, image_encoder_of, load_image_encoder
 from kandinsky.config import UNetConfig
 from kandinsky.datasets import Dataset, Samples, with_holes
 from kandinsky.decoder_training import ROW, DecoderObjective, Painter, widen
@@ -165,18 +165,28 @@ def check_task(args) -> None:
         raise ValueError("--prior needs --init, a decoder that goes with it")
     if args.task == "hint" and reads_text(args):
         raise ValueError(f"{args.init} is of 2.1, which takes no hints")
-    known = None if args.init is None else UNet.read_config(args.init / "unet")
+    if args.init is not None:
+        check_init(args)
+    check_sizes(args)
+
+
+def check_init(args) -> None:
+    """The decoder that training starts from: what it is for, and whether it goes with the other flags."""
+    known = UNet.read_config(args.init / "unet")
     if args.lora is not None and not is_for(known, args.task):
         what = f"--lora with --task {args.task} needs an --init of that task"
         raise ValueError(f"{what}, which {args.init} is not; train one first, without --lora")
-    if known is not None and not (is_for(known, "text2img") or is_for(known, args.task)):
+    if not (is_for(known, "text2img") or is_for(known, args.task)):
         what = "a text-to-image decoder" + f", or one of {args.task}" * (args.task != "text2img")
         raise ValueError(f"{args.init} is of another task; --task {args.task} starts from {what}")
-    same = args.init is not None and args.out.resolve() == args.init.resolve()
-    if same and not is_for(known, args.task):
+    if args.out.resolve() == args.init.resolve() and not is_for(known, args.task):
         what = f"--out {args.out} is --init, whose U-Net is of another task"
         raise ValueError(f"{what} and would be written over; choose another --out")
-    check_sizes(args)
+    image_encoder, place = image_encoder_of(args.clip)
+    width = image_encoder.read_config(place).projection_dim
+    if known.image_dim != width:
+        what = f"--init's U-Net is for embeddings of {known.image_dim} numbers"
+        raise ValueError(f"{what}, --clip's have {width}")
 
 
 def make_scheduler(args) -> NoiseScheduler:
@@ -203,10 +213,6 @@ def make_objective(args, scheduler: NoiseScheduler) -> DecoderObjective:
         load_image_encoder(args.clip).to(device),
         MoVQ.from_pretrained(args.movq / "movq", device=device),
     )
-    own = None if args.init is None else UNet.read_config(args.init / "unet").image_dim
-    width = image_encoder.config.projection_dim
-    if own not in (None, width):
-        raise ValueError(f"--init's U-Net is for embeddings of {own} numbers, --clip's have {width}")
     data = training_cli.data_of(args, hints=args.task == "hint")
     cache = encode_data(args, data, image_encoder, movq)
     unet = make_unet(args, cache["image_embeds"].shape[1], movq.config.downscale)

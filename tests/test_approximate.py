@@ -9,11 +9,9 @@ from kandinsky import ImageEmbeds, UNet, metadata
 from kandinsky.approximate import GuidanceInterval, KeptFeatures, outermost
 from kandinsky.inspection import edit
 from kandinsky.optimize import optimize
-from tests.helpers import randn, relative_l2
+from tests.helpers import half_mask, picture, randn, relative_l2
 from tests.small import EMBEDDING_DIM, ours, reference_unet
-from tests.test_images import picture
 from tests.test_scripts import load
-from tests.test_tasks import half_mask
 
 STEPS = 6
 SETTINGS = {"num_inference_steps": STEPS, "output_type": "latent", "seed": 3}

@@ -195,7 +195,7 @@ def test_the_kernels_that_a_network_spends_its_time_in(capsys):
     assert load("benchmark_networks").shortened(name) == "vectorized_kernel<4, Add>"
 
 
-def test_what_a_graph_works_in_is_counted_as_taken(monkeypatch):
+def test_the_memory_taken_from_the_device_is_told_too(monkeypatch):
     """It is allocated in the first picture, with the capture, and then no more."""
     pictures, drawn = load("benchmark_pictures"), []
     monkeypatch.setattr(

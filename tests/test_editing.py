@@ -11,11 +11,9 @@ import torch
 from PIL import Image
 
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, lora, masks
-from tests.helpers import randn, relative_l2
+from tests.helpers import half_mask, picture, randn, relative_l2
 from tests.small import EMBEDDING_DIM
-from tests.test_images import picture
 from tests.test_pipeline import NEGATIVE, OTHER, PROMPT
-from tests.test_tasks import half_mask
 
 HEIGHT, WIDTH = 16, 32
 QUICK = {"num_inference_steps": 2, "prior_num_inference_steps": 2}

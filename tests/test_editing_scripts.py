@@ -12,10 +12,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from kandinsky import ImageEmbeds, Kandinsky, cli, drawing, images, lora, metadata
-from tests.test_images import picture
+from tests.helpers import half_mask, picture
 from tests.test_inputs import png_header
 from tests.test_scripts import run
-from tests.test_tasks import half_mask
 
 slow = pytest.mark.slow  # what draws
 

@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from kandinsky import Kandinsky, explain, inspection
 from kandinsky.page import page
-from tests.test_images import picture
+from tests.helpers import half_mask, picture
 from tests.test_scripts import run
-from tests.test_tasks import half_mask
 
 slow = pytest.mark.slow
 

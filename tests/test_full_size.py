@@ -27,9 +27,8 @@ from kandinsky.movq import MoVQ
 from kandinsky.optimize import optimize
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
-from tests.helpers import randn, randomize, relative_l2
+from tests.helpers import picture, randn, randomize, relative_l2
 from tests.small import SCHEDULER
-from tests.test_images import picture
 
 pytestmark = pytest.mark.full_size
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kandinsky import images, masks
-from tests.test_images import picture
+from tests.helpers import picture
 
 LEVELS = np.random.default_rng(3).integers(0, 256, (20, 31, 3), dtype=np.uint8)
 WANTED = torch.from_numpy(LEVELS).permute(2, 0, 1).float() / 255

@@ -28,7 +28,7 @@ from kandinsky.config import (
 )
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.judge import judge, see
-from tests.test_images import picture
+from tests.helpers import picture
 from tests.test_scripts import load
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")

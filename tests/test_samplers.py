@@ -8,9 +8,8 @@ from diffusers import DPMSolverMultistepScheduler
 from kandinsky import ImageEmbeds
 from kandinsky.scheduler_files import from_config
 from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler, cosine_betas
-from tests.helpers import randn, relative_l2
+from tests.helpers import picture, randn, relative_l2
 from tests.small import EMBEDDING_DIM
-from tests.test_images import picture
 from tests.test_pipeline import NEGATIVE, PROMPT
 from tests.test_schedulers import OFFICIAL
 from tests.test_tasks import HEIGHT, OURS, WIDTH, decoder_pipeline, half_mask

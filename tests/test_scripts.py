@@ -163,7 +163,7 @@ def test_a_lack_of_memory_is_one_line(capsys):
 def test_a_folder_as_the_pictures_name_is_refused_before_anything_is_drawn(tmp_path, capsys):
     (tmp_path / "out.png").mkdir()
     assert run("text2img", "cat", "--out", tmp_path / "out.png") == 2
-    assert "is a folder; give the picture's name too" in capsys.readouterr().err
+    assert "is a folder; give the file's name too" in capsys.readouterr().err
 
 
 def test_without_any_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch, capsys):
@@ -291,7 +291,8 @@ def test_a_decoders_sizes_are_checked_before_anything_is_written(
 ):
     flags = [str(decoder_folder) if flag == "DECODER" else flag for flag in flags]
     sizes = ["--size", "32", "--groups", "8", *flags]
-    places = ["--clip", decoder_folder, "--movq", decoder_folder, "--out", tmp_path / "no"]
+    prior = decoder_folder.parent / "kandinsky-2-2-prior"
+    places = ["--clip", prior, "--movq", decoder_folder, "--out", tmp_path / "no"]
     assert run("train_decoder", *places, *sizes) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 

@@ -24,9 +24,8 @@ from kandinsky import ImageEmbeds, Kandinsky, lora
 from kandinsky.checkpoint import CheckpointError
 from kandinsky.prompts import MultilingualTokenizer
 from tests import small
-from tests.helpers import randn, relative_l2
+from tests.helpers import picture, randn, relative_l2
 from tests.small import EMBEDDING_DIM
-from tests.test_images import picture
 from tests.test_scripts import run
 from tests.test_tasks import HEIGHT, WIDTH, generator, half_mask, quiet
 
