@@ -110,7 +110,8 @@ def test_movq_matches_diffusers():
         decode_error = relative_l2(movq.decode(latents), theirs)
         print(f"movq 512 px, inputs × {scale}: encode {encode_error:.1e}, decode {decode_error:.1e}")
         assert encode_error <= 1e-5
-        assert decode_error <= 3e-5  # diffusers' float32 lies 4e-6 to 1e-5 from its float64 here (DESIGN §5)
+        # diffusers' float32 lies 1.3e-5 from float64, on one thread 3.4e-5; ours 5.4e-6 on both (DESIGN §5)
+        assert decode_error <= (3e-5 if torch.get_num_threads() > 1 else 1e-4)
 
 
 @torch.no_grad()
