@@ -21,9 +21,6 @@ _BOOKKEEPING = frozenset(
     tie_word_embeddings tokenizer_class top_k top_p torch_dtype transformers_version typical_p""".split()
 )
 
-# what stands for the one modelled value where it is null or absent: diffusers then takes latent_channels
-_MAY_BE_NULL = frozenset(("vq_embed_dim",))
-
 
 class CheckpointError(ValueError):
     """Files that are not the checkpoint they are read as: what was found, what is needed."""
@@ -109,17 +106,19 @@ def read_config(config_class: type, published: dict[str, Any], source: str = "co
 
 def _check_fixed_fields(config: Any, published: dict[str, Any], source: str) -> None:
     """Raises a CheckpointError where a field has a value that the network does not model, or is missing and
-    would then mean one. LATER_FIELDS are what later versions of diffusers write, with the value modelled."""
+    would then mean one. LATER_FIELDS are what later versions of diffusers write, with the value modelled;
+    NULLABLE, where a class has any, mean the value modelled where they are null or missing."""
     config_class, ours = type(config), config.published()
     needed = {name for name, value in ours.items() if value not in (None, False)}
-    needed -= config_class.IGNORED | _MAY_BE_NULL
+    nullable = getattr(config_class, "NULLABLE", frozenset())
+    needed -= config_class.IGNORED | nullable
     if not needed <= published.keys():
         raise CheckpointError(f"{source} lacks {', '.join(sorted(needed - published.keys()))}")
     later = config_class.LATER_FIELDS
     for name, value in published.items():
         allowed = ours.get(name, later.get(name))
         ignored = name.startswith("_") or name in config_class.IGNORED
-        is_default = value is None and name in _MAY_BE_NULL
+        is_default = value is None and name in nullable
         if ignored or is_default or value == allowed or ((value is None or value is False) and not allowed):
             continue
         wanted = "null or false" if allowed in (None, False) else repr(allowed)
@@ -248,6 +247,7 @@ class MoVQConfig:
     IDENTITY: ClassVar = ("_class_name", "VQModel")
     IGNORED: ClassVar = frozenset(("sample_size", "scaling_factor"))  # no Kandinsky pipeline reads them
     LATER_FIELDS: ClassVar = {"mid_block_add_attention": True}
+    NULLABLE: ClassVar = frozenset(("vq_embed_dim",))  # diffusers then takes latent_channels
 
     block_out_channels: tuple[int, ...] = (128, 256, 256, 512)  # one per resolution, finest first
     layers_per_block: int = 2

@@ -303,6 +303,16 @@ MEASURE = {"import": measure_imports, "start": measure_start, "mask": measure_ma
 
 
 @cli.one_line_errors
+def report_pictures(results: dict[str, Any], base: str, has_memory: bool) -> None:
+    for size, seconds in by_size(results).items():
+        print("\n".join([f"\n{size}", *table(seconds, base)]))
+        if not has_memory or size == "first picture":
+            continue
+        for kind, unit in (("gib", "GiB"), ("gib taken", "GiB taken")):
+            gib = {name: [result[kind][size]] for name, result in results.items() if size in result[kind]}
+            print("\n".join(table(gib, base, unit)))
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     if args.what == "cuda":
@@ -326,12 +336,7 @@ def main(argv=None) -> int:
         results = {name: measure_pipeline(args, name, sizes) for name in pipelines(args)}
         base = "diffusers" if "diffusers" in results else "kandinsky"
         if not args.json:
-            for size, seconds in by_size(results).items():
-                print("\n".join([f"\n{size}", *table(seconds, base)]))
-                if args.device.type == "cuda" and size != "first picture":
-                    for kind, unit in (("gib", "GiB"), ("gib taken", "GiB taken")):
-                        gib = {name: [r[kind][size]] for name, r in results.items() if size in r[kind]}
-                        print("\n".join(table(gib, base, unit)))
+            report_pictures(results, base, has_memory=args.device.type == "cuda")
     else:
         base = "torch" if args.what == "import" else "diffusers"
         results = MEASURE[args.what](args)
