@@ -133,6 +133,8 @@ def check(parser: cli.OneLineParser, args) -> None:
         parser.error("--weights is 2.1; what is compared is 2.2's")
     if args.what in ("start", "pictures", "cuda"):
         args.weights = cli.decoder_folder(args.weights)
+    elif args.weights is not None:
+        parser.error(f"--weights goes with start, pictures and cuda; {args.what} reads no checkpoint")
 
 
 def process(*command: str) -> Callable[[], tuple[float, float]]:
@@ -302,7 +304,6 @@ def run_cuda(args) -> None:
 MEASURE = {"import": measure_imports, "start": measure_start, "mask": measure_mask}
 
 
-@cli.one_line_errors
 def report_pictures(results: dict[str, Any], base: str, has_memory: bool) -> None:
     for size, seconds in by_size(results).items():
         print("\n".join([f"\n{size}", *table(seconds, base)]))
@@ -313,6 +314,7 @@ def report_pictures(results: dict[str, Any], base: str, has_memory: bool) -> Non
             print("\n".join(table(gib, base, unit)))
 
 
+@cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
     if args.what == "cuda":

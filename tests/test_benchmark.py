@@ -211,6 +211,15 @@ def test_the_memory_taken_from_the_device_is_told_too(monkeypatch):
     assert drawn == 3 * [(512, 1)]
 
 
+@pytest.mark.parametrize(
+    "args", [["pictures", "--num-images", "0"], ["cuda", "--weights", "no"], ["parts", "--weights", "no"]]
+)
+def test_wrong_arguments_end_in_one_line_before_anything_is_measured(args, capsys):
+    assert run("benchmark", *args) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_whole_pictures_are_timed_by_size(capsys, monkeypatch):
     args = ["pictures", "--runs", "1", "--steps", "2", "--prior-steps", "2", "--pixels", "32"]
@@ -218,8 +227,6 @@ def test_whole_pictures_are_timed_by_size(capsys, monkeypatch):
     results = json.loads(capsys.readouterr().out)
     assert list(results) == ["diffusers", "kandinsky", "kandinsky, optimized", "kandinsky, --low-memory"]
     assert results["kandinsky"]["first"] > 0 and len(results["kandinsky"]["seconds"]["1 of 32 px"]) == 1
-    assert run("benchmark", *args, "--num-images", "0") == run("benchmark", "cuda", "--weights", "no") == 2
-    capsys.readouterr()
     module = load("benchmark")
     monkeypatch.setattr(
         module,
