@@ -9,7 +9,8 @@ for drawing: only under `torch.no_grad` do the fast forms run, and gradients rea
 network's own weights. Each rewrite is exact up to the rounding of sums:
 
     packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU); a
-                        convolution's at its first call, and again when batch, height or width change
+                        convolution's at its first call, and again when batch, height or width change; the
+                        prior's, which meet few rows at a time, in that of 1×1 convolutions (AVX2, float32)
     merged upsampling   doubling by nearest neighbour and the 3×3 convolution behind it as one
                         (`kandinsky.upsampling`)
     low spatial norm    MoVQ's scale and shift, 1×1 convolutions of the enlarged latent, made at its own size;
@@ -184,7 +185,8 @@ def allow_recompiling(times: int) -> None:
 def pack_weights(network: nn.Module) -> int:
     """All linear and convolution weights but those that a merged upsampling stands for, and LoRA's layers."""
     merged = merged_convs(network)
-    count = sum(pack(layer) for layer in network.modules() if layer not in merged)
+    sees_few_rows = isinstance(network, prior.Prior)
+    count = sum(pack(layer, sees_few_rows) for layer in network.modules() if layer not in merged)
     if count:
         _leave_the_file(network)
     return count

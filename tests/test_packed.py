@@ -38,6 +38,89 @@ def test_a_kernel_is_packed_for_the_maps_that_it_meets(monkeypatch):
     assert len(sizes) == 4  # its copy's maps are not its own
 
 
+def few_rows(monkeypatch) -> None:
+    """Also small weights, and on other processors than those for which it is known to be faster."""
+    monkeypatch.setattr(packed.PackedForFewRows, "SMALLEST", 0)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+
+@needs_packing
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_few_rows_is_a_convolution(monkeypatch, bias):
+    few_rows(monkeypatch)
+    layer = nn.Linear(24, 40, bias=bias)
+    weight, inputs = layer.weight.detach().clone(), [randn(n, 24, seed=n) for n in (1, 4, 6, 33, 70)]
+    inputs += [randn(2, 3, 24), randn(24), randn(2, 24, 5).mT]
+    plain = [layer(x) for x in inputs]
+    assert packed.pack(layer, sees_few_rows=True) and type(layer.packed) is packed.PackedForFewRows
+    for orders in (packed._order, lambda *asked: b"another"):  # which is never the weight's
+        monkeypatch.setattr(packed, "_order", orders)
+        for x, expected in zip(inputs, plain):
+            assert layer(x).shape == expected.shape and relative_l2(layer(x), expected) <= 1e-6
+    assert layer(randn(2, 3, 24)).is_contiguous() and layer(randn(0, 24)).shape == (0, 40)
+    layer.unpack()
+    assert type(layer) is nn.Linear and torch.equal(layer.weight, weight)
+
+
+@needs_packing
+def test_rows_lie_in_the_widest_line_that_reads_the_weight_as_it_is(monkeypatch):
+    few_rows(monkeypatch)
+    form = packed.PackedForFewRows(randn(40, 24))
+    asked, good = [], {8, 4}
+
+    def order(c_out: int, maps: tuple, num_threads: int) -> bytes:
+        asked.append((c_out, *maps, num_threads))
+        return form.order if maps[-1] in good else b"another"
+
+    monkeypatch.setattr(packed, "_order", order)
+    assert [form.width(n) for n in (1, 4, 5, 8, 9, 33)] == [4, 4, 8, 8, 8, 8]
+    threads = torch.get_num_threads()
+    assert asked[-3:] == [(40, -(-33 // w), 24, 1, w, threads) for w in (32, 16, 8)]
+    good.remove(8)
+    good.remove(4)
+    assert form.width(6) is None
+
+
+@needs_packing
+def test_only_large_weights_of_the_prior_are_for_few_rows(monkeypatch):
+    def forms(make) -> set[type]:
+        network = make(0)
+        optimize(network)
+        return {type(m.packed) for m in network.modules() if isinstance(m, packed.PackedLinear)}
+
+    prior, tower = NETWORKS["prior"][0], NETWORKS["text encoder"][0]
+    assert forms(prior) == {packed.PackedWeight}
+    few_rows(monkeypatch)
+    assert forms(prior) == {packed.PackedForFewRows} and forms(tower) == {packed.PackedWeight}
+    for capability, threads in (("AVX512", 2), ("AVX2", 9)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        assert forms(prior) == {packed.PackedWeight}
+
+
+@needs_packing
+@torch.no_grad()
+def test_a_prior_of_few_rows_gives_the_same_and_comes_back_to_the_bit(monkeypatch):
+    few_rows(monkeypatch)
+    make, output = NETWORKS["prior"]
+    network, plain = make(0), output(make(0))
+    optimize(network)
+    assert relative_l2(output(network), plain) <= 1e-5
+    copied = copy.deepcopy(network)
+    assert torch.equal(output(copied), output(network))
+    network.float()  # unpacks and packs again
+    assert {type(m.packed) for m in network.modules() if isinstance(m, packed.PackedLinear)} == {
+        packed.PackedForFewRows
+    }
+    for each in (network, copied):
+        assert all(
+            torch.equal(a, b) for a, b in zip(each.state_dict().values(), make(0).state_dict().values())
+        )
+        restore(each)
+        assert torch.equal(output(each), plain)
+
+
 @needs_packing
 def test_an_optimized_network_lets_go_of_its_file(tmp_path):
     ours(UNet, small.reference_unet()).save_pretrained(tmp_path / "unet")
