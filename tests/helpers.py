@@ -24,6 +24,11 @@ needs_bfloat16_kernels = pytest.mark.skipif(
 )
 
 
+def slow(*values) -> list:
+    """Of a parameter of tests, what only `-m slow` takes; a tuple's values are of several."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
+
+
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     """Norm weights near one, matrices by fan-in, everything else drawn too, from a generator of its own."""
     generator = torch.Generator().manual_seed(seed)

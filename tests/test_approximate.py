@@ -9,7 +9,7 @@ from kandinsky import ImageEmbeds, UNet, metadata
 from kandinsky.approximate import GuidanceInterval, KeptFeatures, outermost
 from kandinsky.inspection import edit
 from kandinsky.optimize import optimize
-from tests.helpers import half_mask, picture, randn, relative_l2
+from tests.helpers import half_mask, picture, randn, relative_l2, slow
 from tests.small import EMBEDDING_DIM, ours, reference_unet
 from tests.test_scripts import load
 
@@ -101,7 +101,7 @@ def test_a_step_without_guidance_keeps_the_conditional_features():
     assert relative_l2(stand_in.step(x, cond, 1), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("task", ["img2img", "inpaint", "hint"])
+@pytest.mark.parametrize("task", ["inpaint", *slow("img2img", "hint")])
 def test_every_task_takes_the_approximate_modes_and_a_batch_equals_single_runs(task, pipe, inpainter, hinted):
     settings = {"num_inference_steps": 4, "output_type": "latent", "guidance_interval": [0.25, 0.75]}
     settings |= {"cache_every": 2, "height": 32, "width": 32}

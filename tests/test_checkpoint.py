@@ -540,6 +540,7 @@ def test_a_model_built_by_hand_can_be_saved_and_read(tmp_path):
     assert relative_l2(read(*arguments), model(*arguments)) <= 1e-5  # kernels depend on memory alignment
 
 
+@pytest.mark.slow
 def test_saving_over_shards_leaves_one_set_of_weights(tmp_path):
     reference, other = reference_unet(), reference_unet(seed=1)
     reference.save_pretrained(tmp_path / "unet", max_shard_size="200KB")

@@ -22,7 +22,7 @@ from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
-from tests.helpers import SHARED, largest_file, randomize
+from tests.helpers import SHARED, largest_file, randomize, slow
 from tests.small import (
     EMBEDDING_DIM,
     reference_image_encoder,
@@ -70,7 +70,7 @@ def one_line(capsys) -> str:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("is_zip", [True, *slow(False)])
 def test_a_pickle_beside_its_config_becomes_a_safetensors_file_that_loads(name, is_zip, tmp_path, capsys):
     network, make_reference = NETWORKS[name]
     reference = make_reference()
@@ -479,8 +479,8 @@ def test_the_authors_prior_needs_its_statistics(tmp_path, capsys):
     assert not (tmp_path / "prior").exists()
 
 
-@pytest.mark.parametrize("in_channels", [4, 9])
-@pytest.mark.parametrize("channels, layers", [((32, 64, 96), 2), ((32, 64, 96, 128), 3)])
+@pytest.mark.parametrize("in_channels", [4, *slow(9)])
+@pytest.mark.parametrize("channels, layers", [((32, 64, 96), 2), *slow(((32, 64, 96, 128), 3))])
 def test_the_authors_decoder_gives_the_published_tensors(in_channels, channels, layers, tmp_path):
     reference = text_image_unet(in_channels, block_out_channels=channels, layers_per_block=layers)
     original = original_unet(reference.state_dict(), len(channels), layers, HEAD_DIM)
@@ -496,7 +496,7 @@ def test_the_authors_decoder_gives_the_published_tensors(in_channels, channels, 
     assert again.config.in_channels == in_channels
 
 
-@pytest.mark.parametrize("levels", [2, 3, 4])
+@pytest.mark.parametrize("levels", [3, *slow(2, 4)])
 def test_the_authors_movq_gives_the_published_tensors(levels, tmp_path):
     reference = reference_movq(levels)
     torch.save(original_movq(reference.state_dict(), levels, 1), tmp_path / "movq.ckpt")

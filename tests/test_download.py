@@ -575,6 +575,7 @@ def depth(hub, tmp_path) -> Place:
     return place
 
 
+@pytest.mark.slow
 def test_where_the_pinned_commit_is_gone_the_fallbacks_pickles_are_converted(depth, tmp_path, capsys):
     assert depth.run("2.2", "--only", "controlnet-depth") == 0
     assert f"{COMMIT[:8]} is gone; pickles of {OTHER[:8]} instead" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from kandinsky import CheckpointError, ImageEmbeds, Kandinsky, images, lora, masks
-from tests.helpers import half_mask, picture, randn, relative_l2
+from tests.helpers import half_mask, picture, randn, relative_l2, slow
 from tests.small import EMBEDDING_DIM
 from tests.test_pipeline import NEGATIVE, OTHER, PROMPT
 
@@ -157,6 +157,7 @@ def test_own_noise_is_used_and_inputs_are_left_alone(shared_pipes, task):
     assert relative_l2(call(shared_pipes, task, **{**tensors, "latents": -noise}, **rest), first) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_processs_default_dtype_and_device_change_no_bit(decoder_folder, inpaint_folder):
     """In float64 diffusers draws another picture. What is made without a device's name fails on meta."""
 
@@ -323,7 +324,7 @@ def test_outpainting_keeps_the_picture(inpainter):
     assert out.size == (41, 29) and np.array_equal(np.array(out)[:20, 11:], np.array(image))
 
 
-@pytest.mark.parametrize("width, height", [(1, 1), (130, 20), (7, 90)])
+@pytest.mark.parametrize("width, height", [(130, 20), *slow((1, 1), (7, 90))])
 def test_any_size_works(pipe, inpainter, width, height):
     """diffusers crashes at sizes that are no multiples of f²."""
     image, mask = picture(width, height), np.ones((height, width))

@@ -330,6 +330,7 @@ def test_movq_is_captured_at_the_second_decoding_of_a_size(device, monkeypatch):
     assert type(graphed) is MoVQ and not {"graphs", "failed", "decoded"} & set(vars(graphed))
 
 
+@pytest.mark.slow
 def test_pictures_in_every_mode_are_the_plain_ones(device, decoder_folder):
     plain, graphed = (Kandinsky.from_pretrained(decoder_folder, device=device) for _ in range(2))
     for name, fast in (("unet", GraphedUNet), ("prior", GraphedPrior), ("movq", GraphedMoVQ)):

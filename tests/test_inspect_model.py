@@ -43,6 +43,7 @@ def test_totals_are_those_of_the_published_files(name, capsys):
     assert all(named[line["name"]]["flops"] <= root["flops"] for line in lines)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_operations_and_outputs_are_those_of_a_real_call(decoder_folder, capsys):
     assert run("inspect_model", decoder_folder, "--pixels", "32", "--json") == 0

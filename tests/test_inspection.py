@@ -8,7 +8,7 @@ from kandinsky import MoVQ, Prior, UNet
 from kandinsky.inspection import attention_maps, edit, module_names, record
 from kandinsky.optimize import COMPILER, optimize
 from tests import small
-from tests.helpers import needs_packing, randn, relative_l2
+from tests.helpers import needs_packing, randn, relative_l2, slow
 from tests.small import EMBEDDING_DIM, NETWORKS, movq_output, ours, prior_output, unet_output
 
 
@@ -37,7 +37,7 @@ RUNS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("fast", [True, *slow(False)])
 @pytest.mark.parametrize("run", RUNS)
 def test_looking_at_everything_changes_no_bit_and_leaves_no_hook(run, fast):
     kind, output = RUNS[run]

@@ -37,7 +37,7 @@ from kandinsky.lora import (
 from kandinsky.lora_files import HEADER_KEY, Factors, read_lora, write_lora
 from kandinsky.prior import Block
 from kandinsky.unet import AttentionBlock, ResnetBlock
-from tests.helpers import needs_bfloat16_kernels, randn, randomize, relative_l2
+from tests.helpers import needs_bfloat16_kernels, randn, randomize, relative_l2, slow
 from tests.small import EMBEDDING_DIM, ours, reference_prior, reference_unet
 from tests.test_scripts import run
 
@@ -425,7 +425,7 @@ def test_files_that_diffusers_reads_give_its_output(style, prefix, kind, tmp_pat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("style", [*STYLES, "mixed"])
+@pytest.mark.parametrize("style", ["mixed", *slow(*STYLES)])
 def test_added_projections_of_every_layout_follow_the_rule(style, tmp_path):
     reference, scale = reference_unet(), 0.7
     factors = random_factors(reference, OLD + ADDED)
@@ -458,12 +458,11 @@ def test_each_key_is_read_by_itself(tmp_path_factory, data):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        *slow({}, {"use_rslora": True, "rank_pattern": {"add_v_proj": 9}}),
         {
             "rank_pattern": {"^mid_block.attentions.0.to_v": 2, "to_v": 5},
             "alpha_pattern": {"mid_block.attentions.0.to_k": 7, "to_k|add_k_proj": 1},
         },
-        {"use_rslora": True, "rank_pattern": {"add_v_proj": 9}},
     ],
 )
 def test_diffusers_own_files_load_with_alpha_and_patterns(changes, tmp_path):
@@ -963,6 +962,7 @@ def test_a_prior_lora_without_a_prior_says_so(decoder_folder, files, tmp_path):
         pipe.load_lora(files["prior"])
 
 
+@pytest.mark.slow
 def test_the_script_draws_with_loras_and_refuses_in_one_line(decoder_folder, files, tmp_path, capsys):
     out, quick = (
         tmp_path / "out.png",

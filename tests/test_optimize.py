@@ -239,6 +239,7 @@ def draw(pipe: Kandinsky, **settings) -> torch.Tensor:
     return pipe.text2img(PROMPT, seed=0, output_type="pt", height=32, width=32, **steps, **settings)
 
 
+@pytest.mark.slow
 @needs_packing
 def test_a_pipeline_is_optimized_now_and_when_networks_are_read(decoder_folder):
     for keep_loaded in (True, False):
@@ -272,6 +273,7 @@ def test_a_pipeline_takes_some_rewrites_and_further_ones_later(decoder_folder):
         pipe.optimize("winograd")
 
 
+@pytest.mark.slow
 @needs_packing
 def test_a_pipeline_can_be_cast_and_given_loras_while_optimized(decoder_folder, tmp_path):
     pipe = Kandinsky.from_pretrained(decoder_folder)

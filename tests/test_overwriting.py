@@ -99,6 +99,7 @@ def test_silu_and_the_sum_take_the_memory_of_what_they_read(monkeypatch, half):
     assert at["convolutions read"] == at["norms"] and at["conv2"] == [out.data_ptr()]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_compiler_takes_the_overwriting_as_it_is():
     movq, zq = NETWORKS["movq"][0](0), randn(1, 4, 2, 2)

@@ -139,6 +139,7 @@ def test_a_decoder_alone_draws_embeds(decoder_folder, tmp_path, pipe):
         official.embed(PROMPT)
 
 
+@pytest.mark.slow
 def test_parts_can_be_replaced_and_are_then_kept(decoder_folder):
     pipe = Kandinsky.from_pretrained(decoder_folder, keep_loaded=False)
     before = our_pictures(pipe, 1, prompt=PROMPT)

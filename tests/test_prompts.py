@@ -14,7 +14,7 @@ from kandinsky.checkpoint import CheckpointError
 from kandinsky.cli import WEIGHTS
 from kandinsky.prompts import PromptTokenizer
 from kandinsky.random_weights import write_tokenizer
-from tests.helpers import SHARED
+from tests.helpers import SHARED, slow
 
 END = 518
 
@@ -42,7 +42,7 @@ def vocabularies() -> list:
     return [WEIGHTS / "mini-prior" / "tokenizer", *([official] if (official / "vocab.json").exists() else [])]
 
 
-@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.json", "transformers"])
+@pytest.mark.parametrize("kind", ["vocab.json", *slow("tokenizer.json", "transformers")])
 @pytest.mark.parametrize("folder", vocabularies(), ids=lambda folder: folder.parent.name)
 def test_tokens_are_transformers(folder, kind, tmp_path):
     theirs = CLIPTokenizer.from_pretrained(folder)

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from kandinsky import ImageEmbeds
-from tests.helpers import half_mask, picture, randn, relative_l2
+from tests.helpers import half_mask, picture, randn, relative_l2, slow
 from tests.small import EMBEDDING_DIM
 from tests.test_pipeline import NEGATIVE, OTHER, PROMPT, generator, quiet
 
@@ -94,7 +94,7 @@ STEPS = {"num_inference_steps": 5}
 OURS = {**STEPS, "prior_num_inference_steps": 3, "output_type": "pt"}
 
 
-@pytest.mark.parametrize("strength", [0.45, 0.8, 1.0])
+@pytest.mark.parametrize("strength", [0.45, *slow(0.8, 1.0)])
 @pytest.mark.parametrize("negative_prompt, guidance_scale", [(None, 4.0), (NEGATIVE, 4.0), (NEGATIVE, 1.0)])
 def test_img2img_equals_diffusers(pipe, references, strength, negative_prompt, guidance_scale):
     image = picture(WIDTH, HEIGHT)
@@ -113,7 +113,7 @@ def test_inpaint_without_pasting_equals_diffusers(inpainter, references, negativ
     assert relative_l2(ours, theirs) <= 1e-4
 
 
-@pytest.mark.parametrize("strength", [None, 0.45, 0.8])
+@pytest.mark.parametrize("strength", [None, 0.45, *slow(0.8)])
 def test_hints_equal_diffusers(hinted, references, strength):
     """The small MoVQ halves twice, the hint network three times: diffusers wants twice the picture's size."""
     hint, image = randn(1, 3, 2 * HEIGHT, 2 * WIDTH, seed=4).sigmoid(), picture(WIDTH, HEIGHT)
@@ -130,7 +130,7 @@ def test_hints_equal_diffusers(hinted, references, strength):
         assert relative_l2(ours, theirs) <= 1e-4
 
 
-@pytest.mark.parametrize("task", ["img2img", "inpaint", "hint"])
+@pytest.mark.parametrize("task", ["inpaint", *slow("img2img", "hint")])
 def test_three_images_equal_three_single_runs_of_diffusers(pipe, inpainter, hinted, references, task):
     image, mask = picture(WIDTH, HEIGHT), half_mask()
     hint = randn(3, 2 * HEIGHT, 2 * WIDTH, seed=4).sigmoid()

@@ -37,6 +37,7 @@ def test_winograd_in_bands_equals_all_at_once(monkeypatch, most_tiles):
     assert bands.shape == whole.shape and relative_l2(bands, whole) <= 1e-6
 
 
+@pytest.mark.slow
 @needs_packing
 @torch.no_grad()
 def test_networks_with_winograd_give_the_same_and_come_back_to_the_bit(monkeypatch, tmp_path):
