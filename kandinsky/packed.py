@@ -70,9 +70,10 @@ class PackedForFewRows(Shared):
     """A linear layer's weight as that of a 1×1 convolution, whose pixels are the rows.
 
     A product of few rows takes as long as its weight takes to come from memory. With AVX2, in float32, a
-    convolution of four or eight pixels reads it half as fast again as a linear layer of as many rows.
-    The order that oneDNN asks for depends on the maps, but for large weights not on how many lines of a width
-    of 4, 8, 16 or 32 pixels there are. Where it does all the same, a narrower line is taken.
+    convolution reads it up to half as fast again as a linear layer: 2048 × 8192 numbers in 4.7 ms for 6.3,
+    with 6 rows in a map of one line and 8 columns. The order that oneDNN asks for depends on the maps, but of
+    large weights not on how many of them there are, of one of the `WIDTHS`. Where it does all the same, a
+    narrower map is taken.
     """
 
     WIDTHS = (32, 16, 8, 4)
@@ -106,7 +107,7 @@ class PackedForFewRows(Shared):
         return out.permute(0, 2, 3, 1).flatten(0, 2)[: len(rows)].view(*x.shape[:-1], -1)
 
     def width(self, num_rows: int) -> int | None:
-        """Of the widest map that reads this order and holds no two rows for each that is asked for."""
+        """Of the widest map that reads this order and is not half empty."""
         c_out, c_in = self.tensor.shape[:2]
         for width in self.WIDTHS:
             if width < 2 * num_rows or width == min(self.WIDTHS):
