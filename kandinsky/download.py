@@ -488,7 +488,7 @@ def _git_sha1(path: Path) -> str:
 
 def _human(size: int) -> str:
     for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
+        if size < 999.5:  # which three digits do not round to 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.2f} GB"

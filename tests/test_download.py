@@ -347,6 +347,13 @@ def test_a_failure_of_another_kind_keeps_its_reason(place, monkeypatch, capsys):
     assert ": The quota is used up; run the same command again" in one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    "size, said", [(999, "999 bytes"), (999_600, "1 MB"), (999_400, "999 kB"), (999_600_000, "1.00 GB")]
+)
+def test_sizes_are_said_in_three_digits(size, said):
+    assert download._human(size) == said
+
+
 def test_a_disk_that_is_too_small_is_found_before_anything_is_asked(place, capsys):
     place.repositories[NAME]["files"][WEIGHTS]["bytes"] = 10**18
     assert place.run() == 2
