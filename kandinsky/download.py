@@ -169,7 +169,7 @@ def store_zero_image_embeds(prior: Path, say: Say = print) -> None:
         embeds = compute_zero_image_embeds(prior)
     except (RuntimeError, MemoryError) as error:  # the CPU's lack of memory has no class of its own
         raise MemoryError(
-            f"{path} was not computed ({str(error).splitlines()[0]}); all files are downloaded, and the "
+            f"{path} was not computed ({_first_line(error)}); all files are downloaded, and the "
             "pipeline computes it when it is needed"
         ) from error
     write_safetensors({"zero_image_embeds": embeds}, path)
@@ -468,8 +468,13 @@ def _explanation(error: BaseException, what: str) -> str | None:
     if type(error).__name__ == "OfflineModeIsEnabled":
         return f"{what} is not fetched: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it"
     if isinstance(error, OSError):
-        return f"{what}: {str(error).strip().splitlines()[0].rstrip('.')}; {again}"
+        return f"{what}: {_first_line(error).rstrip('.')}; {again}"
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    """What it says, or its name: Python's own lack of memory and some time-outs say nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _sha256(path: Path) -> str:

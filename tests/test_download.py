@@ -338,13 +338,17 @@ def test_the_hub_librarys_offline_mode_is_named(place, monkeypatch, capsys):
     assert place.hub.requests == []
 
 
-def test_a_failure_of_another_kind_keeps_its_reason(place, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, reason",
+    [(OSError("The quota is used up."), "The quota is used up"), (TimeoutError(), "TimeoutError")],
+)
+def test_a_failure_of_another_kind_keeps_its_reason(place, monkeypatch, capsys, error, reason):
     def fail(*_, **__):
-        raise OSError("The quota is used up.")
+        raise error
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     assert place.run() == 2
-    assert ": The quota is used up; run the same command again" in one_line(capsys)
+    assert f": {reason}; run the same command again" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -657,12 +661,24 @@ def test_a_full_disk_under_the_zero_image_is_one_line(whole, capsys):
     assert not [path for path in stored.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_too_little_memory_for_the_zero_image_says_that_all_files_are_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace"),
+            "DefaultCPUAllocator: .* memory",
+        ),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_too_little_memory_for_the_zero_image_says_that_all_files_are_there(
+    tmp_path, monkeypatch, error, reason
+):
     def fail(prior):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand a trace")
+        raise error
 
     monkeypatch.setattr(zero_image, "compute_zero_image_embeds", fail)
-    with pytest.raises(MemoryError, match=r"\(DefaultCPUAllocator: .* memory\); all files are downloaded"):
+    with pytest.raises(MemoryError, match=rf"\({reason}\); all files are downloaded"):
         download.store_zero_image_embeds(tmp_path, say=lambda line: None)
     assert not list(tmp_path.iterdir())
 
