@@ -321,6 +321,8 @@ class Embedding(Parts):
         if isinstance(value, Tensor) and value.ndim in (1, 2):
             rows = arguments.embeddings(torch.atleast_2d(value), self.unet_config.image_dim, name)
             return list(rows.split(1))
+        if isinstance(value, ImageEmbeds):  # a tuple, which would be read as a list of pictures
+            raise TypeError(f"{name} is an ImageEmbeds; pass its image_embeds")
         return images.pictures(value, name)
 
     def _mixture(self, items: Any, weights: Any) -> tuple[list, list[float]]:

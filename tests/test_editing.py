@@ -494,6 +494,7 @@ def test_keep_loaded_false_edits_too(inpaint_folder, inpainter):
 
 
 GOOD = {"image": picture(16, 16), "mask_image": np.ones((16, 16))}
+EMBEDS = ImageEmbeds(torch.zeros(1, EMBEDDING_DIM))
 TWO, THREE = [picture(16, 16)] * 2, [picture(16, 16)] * 3
 BAD_CALLS = [
     ("img2img", {"strength": 1.01}, ValueError, "strength is 1.01; allowed is 0 to 1"),
@@ -579,6 +580,12 @@ BAD_CALLS = [
     ("mix", {"images_and_prompts": ["a", 5]}, TypeError, "item 1 is a int; needed is a PIL picture"),
     (
         "mix",
+        {"images_and_prompts": ["a", EMBEDS]},
+        TypeError,
+        "item 1 is an ImageEmbeds; pass its image_embeds",
+    ),
+    (
+        "mix",
         {"images_and_prompts": ["a", torch.zeros(2, EMBEDDING_DIM)]},
         ValueError,
         "item 1 holds 2 pictures",
@@ -591,6 +598,7 @@ BAD_CALLS = [
     ),
     ("mix", {"negative_prior_prompt": 3}, TypeError, "negative_prior_prompt is a int; one string is needed"),
     ("mix", {"latents": torch.zeros(2, EMBEDDING_DIM)}, ValueError, r"needs \(1, 32\)"),
+    ("embed_from", {"image": EMBEDS}, TypeError, "image is an ImageEmbeds; pass its image_embeds"),
     ("embed_from", {"strength": 2}, ValueError, "strength is 2; allowed is 0 to 1"),
     (
         "embed_from",
