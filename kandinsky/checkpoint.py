@@ -134,13 +134,13 @@ def open_safetensors(path: Path, device: str | torch.device = "cpu", if_torn: st
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     except SafetensorError as error:
-        if _is_pickle(path):
+        if is_pickle(path):
             message = f"{path} is a pickle, which is never loaded here; {_how_to_convert(path)}"
             raise CheckpointError(message) from None
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); {if_torn}") from None
 
 
-def _is_pickle(path: Path) -> bool:
+def is_pickle(path: Path) -> bool:
     """torch's zip archive, or a bare pickle. A pickle begins with 0x80; the length in front of a safetensors
     header may too, but then `{` is the ninth byte."""
     with open(path, "rb") as file:

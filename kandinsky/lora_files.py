@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kandinsky import arguments
-from kandinsky.checkpoint import CheckpointError, open_safetensors, read_json, write_safetensors
+from kandinsky.checkpoint import CheckpointError, is_pickle, open_safetensors, read_json, write_safetensors
 
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 HEADER_KEY = "lora_adapter_metadata"  # of the header of peft's layout: its config as JSON
@@ -121,16 +121,11 @@ def lora_file(path: str | Path) -> Path:
         if not found and not pickles:
             raise CheckpointError(f"{path} holds no safetensors file")
         path = found[0] if found else pickles[0]
-    if path.is_file():
-        with open(path, "rb") as file:
-            start = file.read(8)
-        # the header's length, eight bytes, may start like a pickle, but its upper bytes are zero
-        is_pickle = start.startswith(b"PK\x03\x04") or (start.startswith(b"\x80") and any(start[4:]))
-        if is_pickle or path.suffix in _PICKLES:
-            convert = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
-            raise CheckpointError(
-                f"{path} is a pickle, which is never loaded here; `{convert}` makes one that is"
-            )
+    if path.is_file() and (path.suffix in _PICKLES or is_pickle(path)):
+        convert = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
+        raise CheckpointError(
+            f"{path} is a pickle, which is never loaded here; `{convert}` makes one that is"
+        )
     return path
 
 
