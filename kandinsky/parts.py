@@ -272,11 +272,13 @@ class Parts:
 
     def change(self, name: str, change: Callable[[Any], None]) -> None:
         """Does `change(network)` now, where the network is in memory, and each time that it is read; MoVQ
-        may be read without what encodes, which is a `LeftOut` then."""
-        self.changes.setdefault(name, []).append(change)
+        may be read without what encodes, which is a `LeftOut` then. One that fails now is not kept. A
+        ValueError where no network is called so."""
+        arguments.choice(name, "name", tuple(n for n, part in vars(Parts).items() if isinstance(part, Part)))
         if name in self._loaded:
             with lasting():
                 change(self._loaded[name])
+        self.changes.setdefault(name, []).append(change)
 
     def check_files(self, *names: str) -> None:
         """Raises a CheckpointError now for a network that could not be read later; reads headers only, and

@@ -112,6 +112,18 @@ def test_the_zero_image_is_computed_without_the_whole_tower(pipe, tmp_path, monk
     assert relative_l2(pipe.zero_image_embeds, 2 * whole) <= 1e-6
 
 
+def test_a_change_that_fails_is_not_kept(pipe):
+    def fails(network):
+        raise RuntimeError("this change fails")
+
+    _ = pipe.prior
+    with pytest.raises(RuntimeError, match="this change fails"):
+        pipe.change("prior", fails)
+    with pytest.raises(ValueError, match="name is 'decoder'; allowed are 'text_encoder', 'prior',"):
+        pipe.change("decoder", fails)
+    assert not pipe.changes.get("prior") and "decoder" not in pipe.changes
+
+
 def test_a_decoder_alone_draws_embeds(decoder_folder, tmp_path, pipe):
     shutil.copytree(decoder_folder, tmp_path / "my-decoder")
     alone = Kandinsky.from_pretrained(tmp_path / "my-decoder")
