@@ -279,6 +279,8 @@ class Parts:
             with lasting():
                 change(self._loaded[name])
         self.changes.setdefault(name, []).append(change)
+        if name == "image_encoder":
+            self._constants.pop("zero_image_embeds", None)  # it was the unchanged tower's
 
     def check_files(self, *names: str) -> None:
         """Raises a CheckpointError now for a network that could not be read later; reads headers only, and
@@ -318,7 +320,7 @@ class Parts:
         return self._constants[name]
 
     def _zero_image_file(self) -> Path | None:
-        if "image_encoder" in self._replaced:
+        if "image_encoder" in self._replaced or self.changes.get("image_encoder"):
             return None  # what is stored is another tower's
         path = self.need_prior() / "zero_image_embeds.safetensors"
         return path if path.exists() else None

@@ -108,8 +108,19 @@ def test_the_zero_image_is_computed_without_the_whole_tower(pipe, tmp_path, monk
     def double(tower):
         tower.visual_projection.weight.mul_(2)
 
-    pipe.to(dtype=dtype).change("image_encoder", double)
+    pipe.change("image_encoder", double)
     assert relative_l2(pipe.zero_image_embeds, 2 * whole) <= 1e-6
+
+
+def test_the_zero_image_is_a_changed_towers_also_where_one_is_stored(decoder_folder, tmp_path):
+    shutil.copytree(decoder_folder.parent, tmp_path, dirs_exist_ok=True)
+    prior = tmp_path / "kandinsky-2-2-prior"
+    stored = compute_zero_image_embeds(prior)
+    write_safetensors({"zero_image_embeds": stored}, prior / "zero_image_embeds.safetensors")
+    pipe = Kandinsky.from_pretrained(tmp_path / decoder_folder.name)
+    assert torch.equal(pipe.zero_image_embeds, stored)
+    pipe.change("image_encoder", lambda tower: tower.visual_projection.weight.mul_(2))
+    assert relative_l2(pipe.zero_image_embeds, 2 * stored) <= 1e-6
 
 
 def test_a_change_that_fails_is_not_kept(pipe):
