@@ -113,6 +113,8 @@ class Folder:
     def __repr__(self) -> str:
         """What it holds, wherever it lies: a cache of it says so."""
         files = [(p.name, p.stat().st_size, text, hint and hint.name) for p, text, hint in self.samples]
+        if self.hints:
+            files += [hint.stat().st_size for _, _, hint in self.samples]
         digest = hashlib.blake2b(repr(files).encode(), digest_size=8).hexdigest()
         return f"Folder({digest}, size={self.size}, hints={self.hints}, seed={self.seed})"
 

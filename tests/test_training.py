@@ -848,6 +848,9 @@ def test_hints_are_read_beside_pictures_and_are_no_pictures(tmp_path, capsys):
     samples = data.load([0])
     assert samples.captions == ["cat"] and samples.hints.shape == (1, 3, 8, 8)
     assert (samples.hints - 0.2).abs().max() < 1e-6
+    before = repr(data), repr(Folder(tmp_path, 8))
+    Image.fromarray(randn(8, 8, 3).byte().numpy()).save(tmp_path / "cat.hint.png")  # another of that name
+    assert repr(Folder(tmp_path, 8, hints=True)) != before[0] and repr(Folder(tmp_path, 8)) == before[1]
 
 
 def test_hints_that_do_not_belong_to_their_picture_are_left_out(tmp_path, capsys):
