@@ -40,11 +40,12 @@ from kandinsky.download import check_space, store_zero_image_embeds
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
+from kandinsky.prompts import END
 from kandinsky.repository import DECODER_INDEX, PRIOR_INDEX, preprocessor
 from kandinsky.scheduler_files import to_config
 from kandinsky.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, UnCLIPScheduler
 from kandinsky.unet import UNet
-from kandinsky.vocabulary import END, write_vocabulary
+from kandinsky.vocabulary import write_vocabulary
 
 PIECE = 2**22  # numbers drawn and written at a time
 RECORD = "random.json"  # says of a folder that its weights were drawn here, and how

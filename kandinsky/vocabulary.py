@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kandinsky.checkpoint import atomic_file, write_json
-
-START, END = "<|startoftext|>", "<|endoftext|>"
+from kandinsky.prompts import END, LONGEST, SPECIAL, START
 
 
 def byte_symbols() -> list[str]:
@@ -73,9 +72,9 @@ def write_vocabulary(
     if size < len(tokens) + 2:
         raise ValueError(f"the vocabulary's size is {size}; at least {len(tokens) + 2} are needed")
     vocabulary = {token: i for i, token in enumerate(tokens)} | {START: size - 2, END: size - 1}
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    special = SPECIAL | {"pad_token": pad}
     settings = {**special, "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
-    settings |= {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    settings |= {"model_max_length": LONGEST, "tokenizer_class": "CLIPTokenizer"}
     with atomic_file(folder / "merges.txt") as temporary:
         lines = ["#version: 0.2", *map(" ".join, merges)]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -51,12 +51,13 @@ from kandinsky.judge import see
 from kandinsky.movq_training import Discriminator, MoVQObjective, adversarial_losses, spot_loss
 from kandinsky.optimize import optimize
 from kandinsky.prior_training import PriorObjective, deepen, prior_loss
+from kandinsky.prompts import END, START
 from kandinsky.random_weights import SIZES_2_1
 from kandinsky.schedulers import DDPMScheduler, UnCLIPScheduler
 from kandinsky.shapes import OBJECT_WEIGHTS
 from kandinsky.training import Draws, Settings, Trainer, checkpoint_blocks, initialize, save_as, tile
 from kandinsky.unet import AttentionBlock, ResnetBlock
-from kandinsky.vocabulary import END, START, write_tokenizer
+from kandinsky.vocabulary import write_tokenizer
 from tests.helpers import randn, relative_l2
 from tests.small import (
     EMBEDDING_DIM,
