@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 from kandinsky.images import MAX_PIXELS
+from kandinsky.masks import WIDEST
+from kandinsky.request import LONGEST_SIDE
 
 KEY = "kandinsky"
 MAX_LENGTH = 2**18
@@ -209,7 +211,7 @@ def _device(value: Any) -> bool:
 
 
 _PROMPT, _STEPS = _text(20_000), _whole(1, 1000)
-_SIDE = _or_none(_whole(1, 2**16))
+_SIDE = _or_none(_whole(1, LONGEST_SIDE))
 _COMMON = {
     "prompt": _or_none(_many(_PROMPT)),
     "negative_prompt": lambda value: value is None or _PROMPT(value) or _many(_PROMPT)(value),
@@ -226,7 +228,7 @@ _COMMON = {
     "width": _SIDE,
 }
 _FLAG = _one_of(True, False)
-_PIXELS = _whole(0, 2**12)
+_PIXELS = _whole(0, WIDEST)
 CALLS = {
     "text2img": _COMMON,
     "img2img": _COMMON | {"strength": _share},

@@ -12,7 +12,7 @@ from kandinsky.sampling import ImageEmbeds, last_steps
 from kandinsky.schedulers import DPMSolverScheduler, NoiseScheduler, Timesteps
 
 TASKS = ("text2img", "img2img", "inpaint")
-LONGEST_SIDE = 2**16  # pixels, as in the settings of a PNG
+LONGEST_SIDE = 2**16  # pixels, also in the settings of a PNG
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
 
