@@ -199,17 +199,17 @@ def _in_its_place(folder: Path, name: str) -> str:
 
     indices, others = there(".safetensors.index*.json"), there(".safetensors")
     pickles = there(".bin", ".ckpt", ".pt", ".pth")
-    first = (pickles or others or [""])[0]
+    first = (others or pickles or [""])[0]
     is_piece = re.search(r"-\d+-of-\d+\.", first) is not None
     if indices:  # a variant's, .fp16
         return f"; there is {indices[0]}: give it the name {name}.index.json"
+    if others and is_piece:
+        return f"; there are pieces, as {first}: fetch {name}.index.json, which lists them"
+    if others:
+        return f"; there is {', '.join(others)}: give it that name"
     if pickles and is_piece:
         return f"; there are pickled pieces, as {first}: diffusers or transformers can read and save them"
-    if pickles:
-        return f"; there is only the pickle {first}; {_how_to_convert(folder / first, folder)}"
-    if is_piece:
-        return f"; there are pieces, as {first}: fetch {name}.index.json, which lists them"
-    return f"; there is {', '.join(others)}: give it that name" if others else ""
+    return f"; there is only the pickle {first}; {_how_to_convert(folder / first, folder)}" if pickles else ""
 
 
 def check_tensors(

@@ -399,6 +399,7 @@ def test_a_folder_with_only_a_pickle_says_how_to_convert_it(folder):
         (["x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors"], f"fetch {WEIGHTS}.index.json"),
         (["x.fp16-00001-of-00002.safetensors", f"{WEIGHTS}.index.fp16.json"], f"name {WEIGHTS}.index.json"),
         (["x.pth"], "x.pth --out "),
+        (["x.bin", "x.fp16.safetensors"], "there is x.fp16.safetensors: give it that name"),
     ],
 )
 def test_weights_in_another_form_say_what_fits_them(folder, names, message):
