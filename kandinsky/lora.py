@@ -183,7 +183,7 @@ def merge_lora(network: nn.Module) -> None:
     remove_lora(network)
 
 
-@dataclass
+@dataclass(eq=False)  # its tensors cannot be compared as one
 class Attach:
     """Puts LoRAs on a network; kept by a pipeline for when the network is read again."""
 

@@ -825,6 +825,18 @@ def test_pipeline_loads_by_keys_adds_up_and_unloads_exactly(pipe, files, used_be
     assert torch.equal(draw(pipe), plain)
 
 
+def test_a_file_that_is_loaded_twice_counts_twice_and_goes_with_optimize(pipe, decoder_folder, files):
+    for scale in (0.5, 0.5):
+        pipe.load_lora(files["both"], scale)
+    pipe.optimize()
+    other = Kandinsky.from_pretrained(decoder_folder)
+    other.load_lora(files["both"])
+    assert relative_l2(draw(pipe), draw(other)) <= 1e-4
+    pipe.optimize()
+    pipe.restore()
+    assert sum(map(len, pipe.changes.values())) == 4
+
+
 def test_unload_takes_off_what_was_added_to_any_network(pipe):
     names = {name: set(getattr(pipe, name).state_dict()) for name in ("movq", "unet")}
     for name in names:
