@@ -119,7 +119,7 @@ def device(value: Any) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"device {value!r} cannot be used here: {reason[:200]}") from None
+        raise ValueError(f"device {shown(value)} cannot be used here: {reason[:200]}") from None
     if chosen.type == "meta":
         raise ValueError("device 'meta' holds no numbers; use 'cpu', 'cuda' or 'mps'")
     return chosen
@@ -135,7 +135,7 @@ def index_of(chosen: torch.device) -> int:
 def dtype(value: Any) -> torch.dtype:
     allowed = (torch.float32, torch.bfloat16, torch.float16)
     if not isinstance(value, torch.dtype) or value not in allowed:
-        raise ValueError(f"dtype is {value!r}; allowed are {', '.join(map(str, allowed))}")
+        raise ValueError(f"dtype is {shown(value)}; allowed are {', '.join(map(str, allowed))}")
     return value
 
 
@@ -184,10 +184,16 @@ def negative_prompts(value: Any, count: int) -> list[str] | None:
     return listed * count if len(listed) == 1 else listed
 
 
+def shown(value: Any) -> str:
+    """Its repr for a message: in one line, and of a tensor or a picture's levels no more than the start."""
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 80 else f"{line[:80]}…"
+
+
 def whole(value: Any, name: str, low: int = 1, high: int | None = None) -> int:
     """An int in low..high."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; an int is needed")
+        raise TypeError(f"{name} is {shown(value)} of type {type(value).__name__}; an int is needed")
     if value < low or (high is not None and value > high):
         raise ValueError(
             f"{name} is {value}; allowed is {low} {'and more' if high is None else f'to {high}'}"
@@ -198,7 +204,7 @@ def whole(value: Any, name: str, low: int = 1, high: int | None = None) -> int:
 def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite real number in low..high."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; a number is needed")
+        raise TypeError(f"{name} is {shown(value)} of type {type(value).__name__}; a number is needed")
     try:
         as_float = float(value)
     except OverflowError:  # an int that no float reaches
@@ -220,7 +226,7 @@ def share(value: Any, name: str) -> float:
 def interval(value: Any, name: str) -> tuple[float, float]:
     """Two numbers in [0, 1], the first not above the second."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} is {value!r}; two numbers, (start, stop), are needed")
+        raise TypeError(f"{name} is {shown(value)}; two numbers, (start, stop), are needed")
     start, stop = (share(x, name) for x in value)
     if start > stop:
         raise ValueError(f"{name} is {tuple(value)}; it starts after it stops")
@@ -239,7 +245,7 @@ def batch(**counts: int) -> int:
 def flag(value: Any, name: str) -> bool:
     """True or False, or a number or numpy's bool that equals one of them."""
     if not isinstance(value, (bool, Integral, np.bool_)) or value not in (0, 1):
-        raise TypeError(f"{name} is {value!r}; True or False is needed")
+        raise TypeError(f"{name} is {shown(value)}; True or False is needed")
     return bool(value)
 
 
@@ -259,7 +265,7 @@ def function(value: Any, name: str) -> Callable | None:
 
 def output_type(value: Any, allowed: tuple[str, ...]) -> str:
     """One of those allowed; "np", which diffusers has, is told how to be made."""
-    if value == "np":
+    if isinstance(value, str) and value == "np":
         raise ValueError(
             "output_type is 'np'; use 'pt', (b, 3, h, w): .permute(0, 2, 3, 1).cpu().numpy() makes it "
             'diffusers\' "np"'
@@ -268,8 +274,9 @@ def output_type(value: Any, allowed: tuple[str, ...]) -> str:
 
 
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+    """One of the strings allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {shown(value)}; allowed are {', '.join(map(repr, allowed))}")
     return value
 
 

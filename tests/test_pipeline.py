@@ -643,6 +643,15 @@ BAD_CALLS = [
     ({"image_embeds": None}, TypeError, "use embeds=ImageEmbeds"),
     ({"callback_on_step_end": None}, TypeError, "use on_step="),
     ({"colour": 1}, TypeError, "has no argument 'colour'; use one of prompt, embeds"),
+    (
+        {"height": torch.zeros(3, 9, 9)},
+        TypeError,
+        "height is tensor.{60,90}… of type Tensor; an int is needed",
+    ),
+    ({"guidance_scale": torch.zeros(3, 9, 9)}, TypeError, "… of type Tensor; a number is needed"),
+    ({"progress": torch.zeros(3, 9, 9)}, TypeError, "…; True or False is needed"),
+    ({"sampler": torch.zeros(3, 9, 9).numpy()}, ValueError, "sampler is array.*…; allowed are 'dpm"),
+    ({"output_type": torch.zeros(3, 9, 9).numpy()}, ValueError, "output_type is array.*…; allowed are 'pil'"),
 ]
 
 
