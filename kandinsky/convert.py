@@ -155,7 +155,8 @@ def read_pickle(path: Path) -> Tensors:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; a dictionary of tensors is needed")
+        held = "an empty dictionary" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise CheckpointError(f"{path} holds {held}; a dictionary of tensors is needed")
     odd = [str(n) for n, value in content.items() if not (isinstance(n, str) and isinstance(value, Tensor))]
     if odd:
         raise CheckpointError(f"{path} holds more than tensors: {', '.join(odd[:8])}")

@@ -193,11 +193,22 @@ def test_a_hostile_pickle_is_refused_and_never_runs(how, tmp_path, capsys):
     assert trace.read_text() == "it ran"  # the bomb is live
 
 
-@pytest.mark.parametrize("content", [[], {}, torch.zeros(2), {"a": 3}, {3: torch.zeros(2)}, "text"])
-def test_other_contents_are_one_line(content, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        ([], "a list; a dictionary"),
+        ({}, "an empty dictionary; a dictionary"),
+        ({"state_dict": {}}, "an empty dictionary; a dictionary"),
+        (torch.zeros(2), "a Tensor; a dictionary"),
+        ({"a": 3}, "more than tensors: a"),
+        ({3: torch.zeros(2)}, "more than tensors: 3"),
+        ("text", "a str; a dictionary"),
+    ],
+)
+def test_other_contents_are_one_line(content, what, tmp_path, capsys):
     torch.save(content, tmp_path / "x.bin")
     assert run("download_weights", "--convert", tmp_path / "x.bin") == 2
-    assert "x.bin holds" in one_line(capsys) and len(list(tmp_path.iterdir())) == 1
+    assert f"x.bin holds {what}" in one_line(capsys) and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "truncated", "garbage", "folder"])
