@@ -210,6 +210,8 @@ def infer_config(tensors: Tensors, head_dim: int = HEAD_DIM) -> dict[str, Any]:
             return _unet_config(tensors, head_dim)
     except KeyError as error:
         raise CheckpointError(f"a network without {error} among its tensors is none of Kandinsky's") from None
+    except IndexError:
+        raise CheckpointError("a tensor has fewer dimensions than in any known network") from None
     some = ", ".join(list(tensors)[:4])
     raise CheckpointError(f"tensors like {some} are of no known network; put its config.json beside the file")
 

@@ -253,6 +253,14 @@ def test_wrong_tensors_are_listed_and_nothing_is_written(tmp_path, capsys):
         ({"a": torch.zeros(2)}, "tensors like a are of no known network"),
         ({"prd_embedding": torch.zeros(2)}, "a network without 'proj_in.weight'"),
         (
+            {
+                "prd_embedding": torch.zeros(2),
+                "proj_in.weight": torch.zeros(2, 2),
+                "positional_embedding": torch.zeros(3),
+            },
+            "a tensor has fewer dimensions than in any known network",
+        ),
+        (
             {"conv_norm_out.weight": torch.zeros(2)},
             "a network without 'encoder_hid_proj.image_embeds.weight'",
         ),
