@@ -65,6 +65,13 @@ def given(parser: ArgumentParser, argv: Sequence[str] | None) -> set[str]:
     return {n for n in found if actions[n].option_strings or values[n] not in (None, [])}
 
 
+def needs(parser: ArgumentParser, argv: Sequence[str] | None, flag: str, other: str) -> None:
+    """Ends with an error where a flag is given that means nothing without another one."""
+    names = given(parser, argv)
+    if flag in names and other not in names:
+        parser.error(f"--{flag.replace('_', '-')} means nothing without --{other.replace('_', '-')}")
+
+
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:
     """For a script's `main(argv=None)`: errors a user can mend become one line on stderr and exit code 2."""
 

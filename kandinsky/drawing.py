@@ -79,6 +79,7 @@ def parse(parser: cli.OneLineParser, task: str, argv: Sequence[str] | None) -> t
     """The flags, and the settings of --from-png where it is given."""
     args = parser.parse_args(argv)
     if args.from_png is None:
+        cli.needs(parser, argv, "lora_scale", "lora")
         return args, None
     extra = sorted(cli.given(parser, argv) - _BESIDE_FROM_PNG)
     if extra:

@@ -22,7 +22,9 @@ def parse_args(argv=None):
     cli.add_model_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("run.html"), help="page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cli.needs(parser, argv, "lora_scale", "lora")
+    return args
 
 
 @cli.one_line_errors

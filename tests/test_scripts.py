@@ -226,6 +226,15 @@ def test_help_explains_every_flag(capsys, script, more):
     assert "decoder steps (default: 50)" in shown
 
 
+@pytest.mark.parametrize("script", ["text2img", "img2img", "inpaint", "mix", "explain_run"])
+def test_a_scale_without_a_lora_is_refused(monkeypatch, capsys, script):
+    monkeypatch.setattr(Kandinsky, "from_pretrained", None)
+    pictures = ["--image", "cat.png"] if script in ("img2img", "inpaint") else []
+    assert run(script, "a cat", *pictures, "--lora-scale", "0.5") == 2
+    told = capsys.readouterr().err
+    assert "--lora-scale means nothing without --lora; see --help" in told and told.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
     code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules})); "
