@@ -9,13 +9,15 @@ from kandinsky import Kandinsky, cli, explain, images
 from kandinsky.checkpoint import atomic_file
 from kandinsky.page import page
 
+PICTURES = ("image", "mask", "hint")
+
 
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
     parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("--image", type=Path, help="start from this picture (img2img)")
-    parser.add_argument("--mask", type=Path, help="with --image: repaint where it is white (inpaint)")
-    parser.add_argument("--hint", type=Path, help="depth map, near is white; takes a checkpoint for hints")
+    mask = "with --image: repaint where it is white (inpaint)"
+    hint = "depth map, near is white; takes a checkpoint for hints"
+    cli.add_picture_flags(parser, image="start from this picture (img2img)", mask=mask, hint=hint)
     parser.add_argument("--strength", type=float, help="of img2img, 0 to 1")
     cli.add_loop_flags(parser)
     cli.add_size_flags(parser, "the picture's own, without --image the checkpoint's")
@@ -24,6 +26,11 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace the page if it is there")
     args = parser.parse_args(argv)
     cli.needs(parser, argv, "lora_scale", "lora")
+    for name in PICTURES:
+        paths = getattr(args, name) or [None]
+        if len(paths) > 1:
+            parser.error(f"--{name} is given {len(paths)} times; a page follows one picture")
+        setattr(args, name, paths[0])
     return args
 
 

@@ -235,6 +235,14 @@ def test_a_scale_without_a_lora_is_refused(monkeypatch, capsys, script):
     assert "--lora-scale means nothing without --lora; see --help" in told and told.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", ["image", "mask", "hint"])
+def test_a_page_follows_one_picture(monkeypatch, capsys, flag):
+    monkeypatch.setattr(Kandinsky, "from_pretrained", None)
+    assert run("explain_run", "a cat", f"--{flag}", "a.png", f"--{flag}", "b.png") == 2
+    told = capsys.readouterr().err
+    assert f"--{flag} is given 2 times; a page follows one picture" in told and told.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
     code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules})); "
