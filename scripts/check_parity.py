@@ -502,14 +502,22 @@ def main(argv=None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    settings, say, found = settings_of(args), functools.partial(print, flush=True), []
+    settings, say, found, missing = settings_of(args), functools.partial(print, flush=True), [], []
     where = args.weights or f"random weights of {settings.model}, {settings.size} sizes"
     say(f"{where}; {args.dtype} on {settings.device}; torch {torch.__version__}")
     say(f"{'component':28}{'max abs':>10}{'relative L2':>13}{'diffusers':>13}{'allowed':>11}")
     for component in args.only or COMPONENTS:
+        before = len(found)
         for row in check(component, settings):
             found.append(row)
             say(line(row))
+        if args.only and len(found) == before:
+            missing.append(component)
+    nothing = f"nothing of {' or '.join(missing)} in {where}"
+    if not found:
+        raise ValueError(nothing)
+    if missing:
+        print(nothing, file=sys.stderr)
     if args.json is not None:
         table = [asdict(row) | {"ok": row.passes} for row in found]
         write_json(
@@ -517,7 +525,7 @@ def main(argv=None) -> int:
         )
     over = sum(not row.passes for row in found)
     say(f"{len(found) - over} of {len(found)} within what is allowed")
-    return 1 if over or not found else 0
+    return 1 if over else 0
 
 
 if __name__ == "__main__":

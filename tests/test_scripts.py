@@ -243,6 +243,19 @@ def test_a_page_follows_one_picture(monkeypatch, capsys, flag):
     assert f"--{flag} is given 2 times; a page follows one picture" in told and told.count("\n") == 1
 
 
+def test_what_there_is_nothing_of_is_told_and_not_passed(monkeypatch, capsys):
+    parity = load("check_parity")
+    monkeypatch.setattr(parity, "quiet_libraries", lambda: None)
+    monkeypatch.setattr(parity, "check_schedulers", lambda _: iter([parity.Row("DDIM", 0.0, 0.0, 0.0)]))
+    given, nothing = ["--model", "2.1", "--only", "hint"], "nothing of hint in random weights of 2.1, small"
+    assert parity.main(given) == 2
+    told = capsys.readouterr()
+    assert nothing in told.err and told.err.count("\n") == 1 and "0 of 0" not in told.out
+    assert parity.main([*given, "--only", "schedulers"]) == 0
+    told = capsys.readouterr()
+    assert nothing in told.err and "1 of 1 within what is allowed" in told.out
+
+
 @pytest.mark.slow
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
     code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules})); "
