@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,6 +70,14 @@ def needs(parser: ArgumentParser, argv: Sequence[str] | None, flag: str, other: 
     names = given(parser, argv)
     if flag in names and other not in names:
         parser.error(f"--{flag.replace('_', '-')} means nothing without --{other.replace('_', '-')}")
+
+
+def refuse(parser: ArgumentParser, argv: Sequence[str] | None, flags: Iterable[str], of: str) -> None:
+    """Ends with an error where one of these flags is given; of: what they are of."""
+    names = given(parser, argv)
+    for flag in flags:
+        if flag in names:
+            parser.error(f"--{flag.replace('_', '-')} is of {of}")
 
 
 def one_line_errors(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[str] | None], int]:

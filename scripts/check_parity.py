@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from kandinsky import Kandinsky, arguments, cli, random_weights, scheduler_files, schedulers
 from kandinsky.checkpoint import write_json
 from kandinsky.encoders import CLIPImageEncoder, CLIPTextEncoder, MultilingualCLIP
+from kandinsky.images import check_writable
 from kandinsky.movq import MoVQ
 from kandinsky.prior import Prior
 from kandinsky.unet import UNet
@@ -468,16 +469,26 @@ def parse_args(argv=None):
         "--model", choices=tuple(random_weights.MODELS), default="2.2", help="whose random networks"
     )
     parser.add_argument("--weights", help="2.2, 2.1 or a decoder folder, in place of random networks")
-    parser.add_argument("--prior", type=Path, metavar="FOLDER", help="default: the one that belongs to it")
+    parser.add_argument(
+        "--prior", type=Path, metavar="FOLDER", help="default: the one that belongs to --weights"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps …")
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32", help="of the weights")
     parser.add_argument("--only", choices=COMPONENTS, action="append", help="one component; may be repeated")
-    parser.add_argument("--pixels", type=int, help="height and width; default: the released 512, small 32")
+    parser.add_argument(
+        "--pixels", type=int, help="height and width; default: the released 512, pipelines 256, small 32"
+    )
     parser.add_argument(
         "--seeds", type=int, default=8, help="of the inputs in half precision, where medians count"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cli.needs(parser, argv, "prior", "weights")
+    if args.weights is not None:
+        cli.refuse(parser, argv, ("size", "model"), "random networks, not of --weights")
+    if args.json is not None:
+        check_writable(args.json, {".json": "JSON"})
+    return args
 
 
 def settings_of(args: Any) -> Settings:

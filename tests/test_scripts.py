@@ -256,6 +256,21 @@ def test_what_there_is_nothing_of_is_told_and_not_passed(monkeypatch, capsys):
     assert nothing in told.err and "1 of 1 within what is allowed" in told.out
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--weights", "nowhere", "--size", "small"], "--size is of random networks, not of --weights"),
+        (["--weights", "nowhere", "--model", "2.2"], "--model is of random networks, not of --weights"),
+        (["--prior", "nowhere"], "--prior means nothing without --weights"),
+        (["--json", "table.csv"], "table.csv: cannot write .csv; use .json"),
+    ],
+)
+def test_a_check_of_parity_ignores_no_flag(capsys, flags, message):
+    assert run("check_parity", *flags) == 2
+    told = capsys.readouterr()
+    assert message in told.err and told.err.count("\n") == 1 and not told.out
+
+
 @pytest.mark.slow
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
     code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules})); "
