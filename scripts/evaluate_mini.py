@@ -64,7 +64,9 @@ def parse_args(argv=None):
     cli.add_sampler_flags(parser)
     cli.add_approximate_flags(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda …")
-    parser.add_argument("--out", type=Path, help=".json file for the figures; the grid goes beside it")
+    parser.add_argument(
+        "--out", type=Path, help=".json file for the figures; a grid of the first pictures goes beside it"
+    )
     args = parser.parse_args(argv)
     if args.out is not None:
         check_writable(args.out, {".json": "JSON"})
@@ -127,6 +129,11 @@ def measure_parts(pipe: Kandinsky, image_encoder: nn.Module, samples: Samples) -
     }
 
 
+def full_rows(pictures: list) -> list:
+    """White ones more, up to the next dozen."""
+    return pictures + [np.full_like(np.array(pictures[0]), 255)] * (-len(pictures) % 12)
+
+
 def grid_of(pictures: list) -> Image.Image:
     """Twelve in a row."""
     pixels = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 for p in pictures])
@@ -145,7 +152,7 @@ def evaluate_text(pipe: Kandinsky, size: int, args) -> tuple[dict, list]:
         samples = data.load(list(range(count)))
         pictures = draw(pipe.text2img, count, args, prompt=samples.captions)
         results[name] = score(pictures, samples)
-        rows += pictures[: 24 if count >= 24 else 0]
+        rows += full_rows(pictures[:24])
         if args.true:
             first = data.load(list(range(min(count, args.true))))
             with torch.no_grad():
@@ -198,8 +205,8 @@ def score_tasks(pictures: list, captions: list[str], scenes: list[Scene]) -> dic
 
 
 def pairs(given: list, pictures: list) -> list:
-    """What was given and what was drawn, side by side, 24 pictures in all."""
-    return [x for pair in zip(given[:12], pictures[:12]) for x in pair] if len(pictures) >= 12 else []
+    """What was given and what was drawn, side by side, 24 pictures at most."""
+    return full_rows([x for pair in zip(given[:12], pictures[:12]) for x in pair])
 
 
 EVALUATE = {"text2img": evaluate_text, "inpaint": evaluate_inpaint, "hint": evaluate_hint}
@@ -215,8 +222,7 @@ def main(argv=None) -> int:
     print(json.dumps(results, indent=2))
     if args.out is not None:
         write_json(results, args.out)
-        if rows:
-            save_image(grid_of(rows), args.out.with_suffix(".png"), overwrite=True)
+        save_image(grid_of(rows), args.out.with_suffix(".png"), overwrite=True)
     return 0
 
 

@@ -318,7 +318,12 @@ def test_true_embeddings_are_made_at_the_towers_own_size(decoder_folder, tmp_pat
     size = pipe.unet_config.sample_size * pipe.movq_config.downscale
     assert tower.image_size != size
     few = [f"--{name}=1" for name in ("seen", "held-out", "true", "batch-size", "steps")]
-    assert run("evaluate_mini", "--weights", decoder_folder, *few, "--pictures", "2") == 0
+    out = ["--out", tmp_path / "figures.json"]
+    assert run("evaluate_mini", "--weights", decoder_folder, *few, "--pictures", "2", *out) == 0
+    with Image.open(tmp_path / "figures.png") as grid:  # two rows of a picture each, and white
+        assert grid.size == (12 * (size + 2), 2 * (size + 2))
+        pixels = np.array(grid)
+    assert (pixels[:, size + 2 :] == 255).all() and (pixels[: size + 2, : size + 2] != 255).any()
 
 
 @pytest.mark.parametrize(
