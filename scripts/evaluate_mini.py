@@ -3,6 +3,7 @@
 Captions and pictures are of a seed that no training uses. Pictures are drawn with the default settings, where
 --steps, --sampler, --guidance-interval and --cache-every give no others.
 
+--clip, --seen, --held-out, --true and --pictures are of text2img, --cases of inpaint and hint.
 --task inpaint: one object of a picture is exchanged for another, by a mask around it and the new picture's
 caption; right is a picture that shows every object asked for, and the ground where the caption says it.
 --task hint: a caption, and the objects' depths; right likewise, size and place of all being the hint's.
@@ -44,7 +45,9 @@ def parse_args(argv=None):
         "--prior", type=Path, help="prior folder; default: the one that belongs to the decoder"
     )
     parser.add_argument(
-        "--clip", type=Path, help="folder that the decoder's embeddings came from; default: the prior's"
+        "--clip",
+        type=Path,
+        help="folder of the CLIP pair whose embeddings the decoder was trained on; default: the prior's",
     )
     parser.add_argument(
         "--seen", type=cli.whole(1), default=300, help="captions of colour-shape pairs seen in training"
@@ -58,7 +61,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pictures", type=cli.whole(1), default=256, help="that MoVQ and prior are measured on"
     )
-    parser.add_argument("--cases", type=cli.whole(1), default=200, help="of inpaint and hint")
+    parser.add_argument("--cases", type=cli.whole(1), default=200, help="pictures of inpaint or hint")
     parser.add_argument("--batch-size", type=cli.whole(1), default=50, help="pictures drawn at once")
     parser.add_argument("--seed", type=cli.whole(0), default=0, help="of the noise")
     cli.add_sampler_flags(parser)
@@ -68,6 +71,10 @@ def parse_args(argv=None):
         "--out", type=Path, help=".json file for the figures; a grid of the first pictures goes beside it"
     )
     args = parser.parse_args(argv)
+    if args.task == "text2img":
+        cli.refuse(parser, argv, ("cases",), "--task inpaint and hint")
+    else:
+        cli.refuse(parser, argv, ("clip", "seen", "held_out", "true", "pictures"), "--task text2img")
     if args.out is not None:
         check_writable(args.out, {".json": "JSON"})
     args.weights = cli.decoder_folder(args.weights, args.task)

@@ -297,6 +297,22 @@ def test_nothing_can_be_measured_on_no_pictures(capsys, flag):
 
 
 @pytest.mark.parametrize(
+    "task, flag, of",
+    [
+        ("text2img", "--cases", "--task inpaint and hint"),
+        ("inpaint", "--seen", "--task text2img"),
+        ("hint", "--held-out", "--task text2img"),
+        ("hint", "--true", "--task text2img"),
+    ],
+)
+def test_a_measurement_ignores_no_flag(monkeypatch, capsys, task, flag, of):
+    monkeypatch.setattr(Kandinsky, "from_pretrained", None)
+    assert run("evaluate_mini", "--task", task, flag, "5") == 2
+    told = capsys.readouterr().err
+    assert f"{flag} is of {of}" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "command, name, message",
     [
         (["evaluate_mini"], "figures.png", "cannot write .png; use .json"),  # where its grid would go
