@@ -119,8 +119,6 @@ def write_decoder_repository_2_1(folder: Path, movq: Path, known: Path) -> None:
     """All of a 2.1 decoder's folder but the U-Net: the MoVQ, and the rest from the decoder it starts from."""
     if movq.resolve() != (folder / "movq").resolve():
         copy_folder(movq, folder / "movq")
-    if folder.resolve() == known.resolve():
-        return
     parts = ("text_encoder", "tokenizer", "scheduler", "ddpm_scheduler")
     for part in parts:
         if part != "ddpm_scheduler" or (known / part).is_dir():  # the inpainting repository has none

@@ -78,6 +78,10 @@ def check_training_flags(args: Namespace) -> None:
     """Before anything is read or written."""
     device_of(args)
     shapes_of(args)
+    writes_over = args.init is not None and args.out.resolve() == args.init.resolve()
+    if writes_over and getattr(args, "lora", None) is None:  # a LoRA lies beside what it changes
+        what = f"--out {args.out} is --init, whose weights would be written over"
+        raise ValueError(f"{what}; choose another --out")
 
 
 def add_lora_flag(parser: ArgumentParser) -> None:

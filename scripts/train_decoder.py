@@ -179,9 +179,6 @@ def check_init(args) -> None:
     if not (is_for(known, "text2img") or is_for(known, args.task)):
         what = "a text-to-image decoder" + f", or one of {args.task}" * (args.task != "text2img")
         raise ValueError(f"{args.init} is of another task; --task {args.task} starts from {what}")
-    if args.out.resolve() == args.init.resolve() and not is_for(known, args.task):
-        what = f"--out {args.out} is --init, whose U-Net is of another task"
-        raise ValueError(f"{what} and would be written over; choose another --out")
     image_encoder, place = image_encoder_of(args.clip)
     width = image_encoder.read_config(place).projection_dim
     if known.image_dim != width:

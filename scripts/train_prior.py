@@ -98,9 +98,6 @@ def main(argv=None) -> int:
     training_cli.check_training_flags(args)
     if args.add_layers and (args.init is None or args.lora is not None):
         raise ValueError("--add-layers adds to --init's prior, and goes without --lora")
-    if args.add_layers and args.out.resolve() == args.init.resolve():
-        what = f"--out {args.out} is --init, whose prior --add-layers would write over"
-        raise ValueError(f"{what}; choose another --out")
     if args.lora is not None and args.train_text:
         raise ValueError("--lora leaves the networks as they are; --train-text goes without it")
     if args.init is not None:

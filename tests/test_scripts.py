@@ -363,15 +363,17 @@ def test_a_decoders_sizes_are_checked_before_anything_is_written(
     assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_a_network_that_changes_its_shape_is_not_written_over(decoder_folder, capsys):
+@pytest.mark.parametrize("script", ["train_movq", "train_clip", "train_prior", "train_decoder"])
+def test_what_a_training_starts_from_is_not_written_over(decoder_folder, capsys, script):
+    """A run is continued by the same command, whose --init is another folder."""
     prior = decoder_folder.parent / "kandinsky-2-2-prior"
+    init = prior if script in ("train_clip", "train_prior") else decoder_folder
+    places = {"train_prior": ["--clip", prior], "train_decoder": ["--clip", prior, "--movq", decoder_folder]}
     before = {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
-    places = ["--clip", prior, "--init", prior, "--out", prior / "prior" / ".."]
-    assert run("train_prior", *places, "--add-layers", "1") == 2
-    assert "is --init, whose prior --add-layers would write over" in capsys.readouterr().err
-    places = ["--clip", prior, "--movq", decoder_folder, "--init", decoder_folder, "--out", decoder_folder]
-    assert run("train_decoder", *places, "--task", "inpaint") == 2
-    assert "is --init, whose U-Net is of another task and would be" in capsys.readouterr().err
+    places = [*places.get(script, []), "--init", init, "--out", init / "training" / "..", "--steps", "1"]
+    assert run(script, *places) == 2
+    told = capsys.readouterr().err
+    assert "is --init, whose weights would be written over; choose another" in told and told.count("\n") == 1
     assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
 
 
