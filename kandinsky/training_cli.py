@@ -1,7 +1,7 @@
 """The flags that the training scripts share, and what they stand for."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,14 @@ def add_cache_flags(parser: ArgumentParser) -> None:
 def device_of(args: Namespace) -> torch.device:
     """Where this process computes: under torchrun each has a GPU of its own."""
     return arguments.device(own_device(args.device))
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None, sizes: Iterable[str]) -> Namespace:
+    """The flags, none of which is ignored. sizes: those that shape a new network"""
+    args = parser.parse_args(argv)
+    if args.init is not None:
+        cli.refuse(parser, argv, sizes, "a network from nothing; --init's has its own sizes")
+    return args
 
 
 def check_training_flags(args: Namespace) -> None:

@@ -72,7 +72,7 @@ def parse_args(argv=None):
     training_cli.add_cache_flags(parser)
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
-    return parser.parse_args(argv)
+    return training_cli.parse(parser, argv, ("channels", "layers", "head_dim", "context_dim", "groups"))
 
 
 def reads_text(args) -> bool:

@@ -28,7 +28,7 @@ def parse_args(argv=None):
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float32", help="of the written MoVQ")
     parser.add_argument("--freeze-encoder", action="store_true", help="train what decodes, keep the latents")
     training_cli.add_training_flags(parser, batch_size=16, learning_rate=1.5e-3)
-    return parser.parse_args(argv)
+    return training_cli.parse(parser, argv, ("channels", "layers", "codes"))
 
 
 @cli.one_line_errors

@@ -356,11 +356,27 @@ def test_a_decoders_sizes_are_checked_before_anything_is_written(
     decoder_folder, tmp_path, capsys, flags, message
 ):
     flags = [str(decoder_folder) if flag == "DECODER" else flag for flag in flags]
-    sizes = ["--size", "32", "--groups", "8", *flags]
+    sizes = ["--size", "32", *([] if "--init" in flags else ["--groups", "8"]), *flags]
     prior = decoder_folder.parent / "kandinsky-2-2-prior"
     places = ["--clip", prior, "--movq", decoder_folder, "--out", tmp_path / "no"]
     assert run("train_decoder", *places, *sizes) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "script, flag",
+    [
+        *(("train_movq", flag) for flag in ("--channels", "--layers", "--codes")),
+        *(("train_prior", flag) for flag in ("--heads", "--head-dim", "--layers")),
+        *(("train_decoder", flag) for flag in ("--channels", "--context-dim", "--groups")),
+    ],
+)
+def test_sizes_beside_those_of_init_are_refused(tmp_path, capsys, script, flag):
+    places = ["--clip", tmp_path, "--movq", tmp_path][: {"train_movq": 0, "train_prior": 2}.get(script)]
+    assert run(script, *places, "--init", tmp_path, "--out", tmp_path / "no", flag, "32") == 2
+    told = capsys.readouterr().err
+    assert f"{flag} is of a network from nothing; --init's has its own sizes" in told
+    assert told.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("script", ["train_movq", "train_clip", "train_prior", "train_decoder"])
