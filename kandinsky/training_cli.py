@@ -61,7 +61,10 @@ def _add_optimizer_flags(parser: ArgumentParser, settings: Settings) -> None:
 def add_cache_flags(parser: ArgumentParser) -> None:
     """How a data set is encoded, before training begins."""
     parser.add_argument(
-        "--count", type=cli.whole(1), default=50_000, help="pictures to encode from an endless data set"
+        "--count",
+        type=cli.whole(1),
+        default=50_000,
+        help="pictures of kandinsky.shapes to encode; of --data all",
     )
     parser.add_argument("--encode-batch", type=cli.whole(1), default=64, help="pictures to encode at once")
     parser.add_argument(
@@ -79,6 +82,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None, sizes: Iterable[st
     args = parser.parse_args(argv)
     if args.init is not None:
         cli.refuse(parser, argv, sizes, "a network from nothing; --init's has its own sizes")
+    if args.data is not None and hasattr(args, "count"):
+        cli.refuse(parser, argv, ("count",), "kandinsky.shapes; of --data all is encoded")
     return args
 
 

@@ -86,7 +86,7 @@ def encode_data(args) -> list[Cache]:
 
     data = training_cli.data_of(args)
     if args.data is not None:
-        return [cache("train", data, min(args.count, len(data)))] * 2
+        return [cache("train", data, len(data))] * 2
     fresh = next(iter(training_cli.fresh_data_of(args, data).values()))
     return [cache("train", data, args.count), cache("fresh", fresh, 512)]
 

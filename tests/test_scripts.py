@@ -379,6 +379,14 @@ def test_sizes_beside_those_of_init_are_refused(tmp_path, capsys, script, flag):
     assert told.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
+def test_a_folder_is_encoded_whole(tmp_path, capsys, script):
+    places = ["--clip", tmp_path, "--movq", tmp_path][: 2 if script == "train_prior" else 4]
+    assert run(script, *places, "--out", tmp_path / "no", "--data", tmp_path, "--count", "1") == 2
+    told = capsys.readouterr().err
+    assert "--count is of kandinsky.shapes; of --data all is encoded" in told and told.count("\n") == 1
+
+
 @pytest.mark.parametrize("script", ["train_movq", "train_clip", "train_prior", "train_decoder"])
 def test_what_a_training_starts_from_is_not_written_over(decoder_folder, capsys, script):
     """A run is continued by the same command, whose --init is another folder."""
