@@ -97,6 +97,13 @@ def check_training_flags(args: Namespace) -> None:
         raise ValueError(f"{what}; choose another --out")
 
 
+def check_place(args: Namespace, other: str) -> None:
+    """other: the network by which --out is known as a repository of another kind"""
+    if args.lora is None and (args.out / other).is_dir():
+        what = f"--out {args.out} has a {other}, whose scheduler and index would be written over"
+        raise ValueError(f"{what}; choose another --out")
+
+
 def add_lora_flag(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--lora",

@@ -159,6 +159,7 @@ def check_task(args) -> None:
     """Before any picture is encoded."""
     training_cli.check_lora_flag(args)
     training_cli.check_training_flags(args)
+    training_cli.check_place(args, "prior")
     if args.task != "text2img" and args.init is None:
         raise ValueError(f"--task {args.task} needs --init, a text-to-image decoder to start from")
     if args.prior is not None and args.init is None:

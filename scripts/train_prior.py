@@ -96,6 +96,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     training_cli.check_lora_flag(args)
     training_cli.check_training_flags(args)
+    training_cli.check_place(args, "unet")
     if args.add_layers and (args.init is None or args.lora is not None):
         raise ValueError("--add-layers adds to --init's prior, and goes without --lora")
     if args.lora is not None and args.train_text:

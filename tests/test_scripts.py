@@ -379,6 +379,19 @@ def test_sizes_beside_those_of_init_are_refused(tmp_path, capsys, script, flag):
     assert told.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("script, other", [("train_prior", "unet"), ("train_decoder", "prior")])
+def test_a_repository_of_another_kind_is_not_written_over(decoder_folder, capsys, script, other):
+    prior = decoder_folder.with_name("kandinsky-2-2-prior")
+    before = {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
+    places = ["--clip", prior, "--movq", decoder_folder][: 2 if script == "train_prior" else 4]
+    out = decoder_folder if script == "train_prior" else prior
+    assert run(script, *places, "--out", out, "--steps", "1", "--count", "1") == 2
+    told = capsys.readouterr().err
+    assert f"has a {other}, whose scheduler and index would be written over" in told
+    assert told.count("\n") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
+
+
 @pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
 def test_a_folder_is_encoded_whole(tmp_path, capsys, script):
     places = ["--clip", tmp_path, "--movq", tmp_path][: 2 if script == "train_prior" else 4]
