@@ -12,7 +12,9 @@ def make_parser():
     cli.add_picture_flags(parser, image="the picture to repaint; repeat it for one per prompt", mask=mask)
     parser.add_argument("--invert-mask", action="store_true", help="repaint black and keep white")
     parser.add_argument("--grow-mask", type=int, default=0, help="pixels by which the repainted part grows")
-    parser.add_argument("--feather-mask", type=int, default=0, help="pixels over which it fades in")
+    parser.add_argument(
+        "--feather-mask", type=int, default=0, help="pixels, inside it, over which it fades in"
+    )
     parser.add_argument(
         "--no-keep-unmasked", action="store_true", help="leave what is kept as the autoencoder returns it"
     )
@@ -25,7 +27,10 @@ def make_parser():
 
 @cli.one_line_errors
 def main(argv=None) -> int:
-    args, settings = drawing.parse(make_parser(), "inpaint", argv)
+    parser = make_parser()
+    args, settings = drawing.parse(parser, "inpaint", argv)
+    if args.no_keep_unmasked:
+        cli.refuse(parser, argv, ("feather_mask",), "pasting back, which --no-keep-unmasked leaves out")
     if not (args.image and args.mask) and settings is None:
         raise ValueError("give --image FILE and --mask FILE; see --help")
     if settings is not None:

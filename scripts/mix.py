@@ -91,7 +91,10 @@ def draw_frames(pipe, call, inputs):
 
 @cli.one_line_errors
 def main(argv=None) -> int:
-    args, settings = drawing.parse(make_parser(), "mix", argv)
+    parser = make_parser()
+    args, settings = drawing.parse(parser, "mix", argv)
+    if args.frames is not None:
+        cli.refuse(parser, argv, ("batch_size",), "mixtures without --frames, which are drawn one by one")
     call = call_of(args) if settings is None else settings["call"]
     if call["frames"] is not None:
         args.animation = args.animation or args.out.with_suffix(".gif")

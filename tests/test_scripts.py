@@ -235,6 +235,28 @@ def test_a_scale_without_a_lora_is_refused(monkeypatch, capsys, script):
     assert "--lora-scale means nothing without --lora; see --help" in told and told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (
+            "inpaint",
+            ["--image", "a.png", "--mask", "b.png", "--no-keep-unmasked", "--feather-mask", "3"],
+            "--feather-mask is of pasting back, which --no-keep-unmasked leaves out",
+        ),
+        (
+            "mix",
+            ["a dog", "--frames", "3", "--batch-size", "3"],
+            "--batch-size is of mixtures without --frames",
+        ),
+    ],
+)
+def test_a_flag_that_another_makes_idle_is_refused(monkeypatch, capsys, script, flags, message):
+    monkeypatch.setattr(Kandinsky, "from_pretrained", None)
+    assert run(script, "a cat", *flags) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", ["image", "mask", "hint"])
 def test_a_page_follows_one_picture(monkeypatch, capsys, flag):
     monkeypatch.setattr(Kandinsky, "from_pretrained", None)
