@@ -33,6 +33,12 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
         # no "(default: None)" behind flags whose help says what absence means
         return action.help if action.default is None else super()._get_help_string(action)
 
+    def _fill_text(self, text, width, indent):
+        """Paragraphs stay apart; one with columns, which two spaces part, stays as it is written."""
+        parts = text.strip().split("\n\n")
+        fill = super()._fill_text
+        return "\n\n".join(p if "  " in p else fill(p, width, indent) for p in parts)
+
 
 def whole(least: int) -> Callable[[str], int]:
     """For a flag's `type`: an int of at least so much."""

@@ -4,8 +4,10 @@ Captions and pictures are of a seed that no training uses. Pictures are drawn wi
 --steps, --sampler, --guidance-interval and --cache-every give no others.
 
 --clip, --seen, --held-out, --true and --pictures are of text2img, --cases of inpaint and hint.
+
 --task inpaint: one object of a picture is exchanged for another, by a mask around it and the new picture's
 caption; right is a picture that shows every object asked for, and the ground where the caption says it.
+
 --task hint: a caption, and the objects' depths; right likewise, size and place of all being the hint's.
 """
 

@@ -293,6 +293,14 @@ def test_a_check_of_parity_ignores_no_flag(capsys, flags, message):
     assert message in told.err and told.err.count("\n") == 1 and not told.out
 
 
+def test_help_keeps_paragraphs_and_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run("draw_readme", "--help") == run("evaluate_mini", "--help") == 0
+    shown = capsys.readouterr().out
+    assert re.search("\n\nrecipes  runs .*\ntasks    one picture .*\n\n", shown)
+    assert "\n\n--task hint: " in shown and max(map(len, shown[shown.index("Measures") :].splitlines())) <= 60
+
+
 @pytest.mark.slow
 def test_importing_the_package_brings_neither_transformers_nor_diffusers():
     code = "import sys, kandinsky; print(*sorted({m.split('.')[0] for m in sys.modules})); "
