@@ -140,7 +140,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
+    num_help = "pictures of each prompt, of each picture that is varied, or of the mixture"
+    parser.add_argument("--num-images", type=int, default=1, help=num_help)
     batch_help = "pictures to draw at a time; those of a batch are written before the next is drawn"
     parser.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help=batch_help)
     add_loop_flags(parser)
@@ -150,12 +151,12 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
 def add_loop_flags(parser: ArgumentParser) -> None:
     """What one picture takes."""
     parser.add_argument("--negative-prompt", help="what to lead away from; default: the zero image")
-    parser.add_argument("--seed", type=int, help="image i uses seed + i; drawn and printed when absent")
+    parser.add_argument("--seed", type=int, help="picture i uses seed + i; drawn and printed when absent")
     add_sampler_flags(parser)
-    parser.add_argument("--prior-steps", type=int, default=25, help="prior steps")
+    parser.add_argument("--prior-steps", type=int, default=25, help="prior steps, for prompts")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="decoder guidance; 1 turns it off")
     parser.add_argument(
-        "--prior-guidance-scale", type=float, default=4.0, help="prior guidance; 1 turns it off"
+        "--prior-guidance-scale", type=float, default=4.0, help="prior guidance, for prompts; 1 turns it off"
     )
 
 
@@ -173,7 +174,7 @@ def add_approximate_flags(parser: ArgumentParser) -> None:
         nargs=2,
         default=[0.0, 1.0],
         metavar=("START", "STOP"),
-        help="guide in this part of the loop only; faster, approximate",
+        help="guide in this part of the loop only, 0 its start and 1 its end; faster, approximate",
     )
     every_help = (
         "run the whole U-Net at each N-th step, its outermost level at the others; faster, approximate"
@@ -202,7 +203,10 @@ def add_size_flags(parser: ArgumentParser, default: str = "the checkpoint's own"
 
 def add_output_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("out.png"), help="picture to write: .png, .jpg or .webp"
+        "--out",
+        type=Path,
+        default=Path("out.png"),
+        help="picture to write: .png, .jpg or .webp; several are numbered, -0, -1 …",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing file; else a free name is used"

@@ -34,10 +34,16 @@ def add_training_flags(parser: ArgumentParser, **defaults: Any) -> None:
     )
     _add_optimizer_flags(parser, settings)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
-    parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="keep less for the backward pass: less memory, a third more time",
+    )
     parser.add_argument("--seed", type=cli.whole(0), default=0, help="of data order, noise and first weights")
-    parser.add_argument("--save-every", type=cli.whole(1), default=settings.save_every, help="steps")
-    parser.add_argument("--sample-every", type=cli.whole(1), default=settings.sample_every, help="steps")
+    save = "steps from one saving of the state, which a stopped run goes on from, to the next"
+    parser.add_argument("--save-every", type=cli.whole(1), default=settings.save_every, help=save)
+    sample = "steps from one measurement to the next; the networks are written then, and samples drawn"
+    parser.add_argument("--sample-every", type=cli.whole(1), default=settings.sample_every, help=sample)
     parser.add_argument("--device", default="cpu", help="cpu, cuda …; under torchrun each process its own")
 
 
@@ -45,14 +51,14 @@ def _add_optimizer_flags(parser: ArgumentParser, settings: Settings) -> None:
     count, share = cli.whole(1), cli.real(0, 1)
     for name, kind, help in (
         ("steps", count, "updates in all"),
-        ("batch_size", count, "of each process"),
+        ("batch_size", count, "samples at once, of each process"),
         ("accumulate", count, "batches added up for an update"),
-        ("learning_rate", cli.real(0), "the highest"),
-        ("warmup", cli.whole(0), "steps up to the highest rate"),
-        ("decay", share, "share of the steps, at the end"),
-        ("weight_decay", cli.real(0), "of matrices"),
-        ("max_norm", cli.real(LEAST), "of the gradient"),
-        ("ema", share, "how slowly the saved average moves"),
+        ("learning_rate", cli.real(0), "learning rate at its highest"),
+        ("warmup", cli.whole(0), "steps in which the rate rises to that"),
+        ("decay", share, "share of the steps, at the end, in which the rate falls to zero"),
+        ("weight_decay", cli.real(0), "of matrices alone"),
+        ("max_norm", cli.real(LEAST), "what a longer gradient is cut to"),
+        ("ema", share, "share that the average which is written keeps of itself in a step"),
     ):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, default=getattr(settings, name), help=help)

@@ -21,7 +21,9 @@ def make_parser():
         metavar="W",
         help="one for each prompt, then one for each picture; default: equal shares of one",
     )
-    parser.add_argument("--frames", type=int, help="draw so many steps from the first item to the second")
+    parser.add_argument(
+        "--frames", type=int, help="draw so many pictures on the way from one item to another"
+    )
     parser.add_argument(
         "--animation", type=Path, metavar="FILE", help="of the frames, .gif or .webp; default: beside --out"
     )

@@ -43,14 +43,14 @@ def parse_args(argv=None):
     parser.add_argument("--movq", type=Path, required=True, help="folder of the MoVQ, or of another decoder")
     parser.add_argument("--task", choices=tuple(ENTRANCES), default="text2img", help="what it is for")
     parser.add_argument(
-        "--channels", type=cli.whole(1), nargs="+", default=[64, 96, 112], help="finest level first"
+        "--channels", type=cli.whole(1), nargs="+", default=[64, 96, 112], help="of the levels, finest first"
     )
     parser.add_argument("--layers", type=cli.whole(1), default=1, help="residual blocks a level")
     parser.add_argument("--head-dim", type=cli.whole(1), default=16, help="width of an attention head")
     parser.add_argument(
         "--context-dim", type=cli.whole(1), default=32, help="width of the image-prompt tokens"
     )
-    parser.add_argument("--groups", type=cli.whole(1), default=16, help="of the norms")
+    parser.add_argument("--groups", type=cli.whole(1), default=16, help="of channels, in the norms")
     parser.add_argument("--bound", type=cli.real(0), default=1.0, help="weight of the variance's loss")
     parser.add_argument(
         "--embedding-noise", type=cli.real(0), default=0.0, help="added to the embeddings in training"

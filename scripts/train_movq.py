@@ -14,7 +14,7 @@ from kandinsky.training import initialize
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
     parser.add_argument(
-        "--channels", type=cli.whole(1), nargs="+", default=[32, 64, 64], help="finest level first"
+        "--channels", type=cli.whole(1), nargs="+", default=[32, 64, 64], help="of the levels, finest first"
     )
     parser.add_argument("--layers", type=cli.whole(1), default=1, help="residual blocks a level")
     parser.add_argument("--codes", type=cli.whole(1), default=1024, help="size of the codebook")
