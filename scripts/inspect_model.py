@@ -63,7 +63,10 @@ def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
     parser.add_argument("what", metavar="NAME|FOLDER", help="see above")
     parser.add_argument(
-        "--pixels", type=int, default=512, help="side of the picture, for operations and outputs"
+        "--pixels",
+        type=int,
+        default=512,
+        help="side of the picture, for the operations and outputs of U-Net and MoVQ",
     )
     parser.add_argument("--depth", type=int, help="levels of the tree; default: all")
     parser.add_argument("--match", default="*", help="only modules whose name matches; * stands for any part")
@@ -199,9 +202,9 @@ def as_text(line: Line) -> str:
 @cli.one_line_errors
 def main(argv=None) -> int:
     args = parse_args(argv)
+    models = networks_of(args.what)
     results = {
-        name: shown(inspect(model, args.pixels), args.depth, args.match)
-        for name, model in networks_of(args.what).items()
+        name: shown(inspect(model, args.pixels), args.depth, args.match) for name, model in models.items()
     }
     if not any(results.values()):
         raise ValueError(f"no module of {args.what} is called {args.match!r} within that depth")
@@ -209,7 +212,8 @@ def main(argv=None) -> int:
         print(json.dumps({name: [asdict(line) for line in lines] for name, lines in results.items()}))
         return 0
     for name, lines in results.items():
-        print(f"{name}: parameters, operations and outputs of one row at {args.pixels} px")
+        at = f" at {args.pixels} px" if isinstance(models[name], (UNet, MoVQ)) else ""
+        print(f"{name}: parameters, operations and outputs of one row{at}")
         print("\n".join(map(as_text, lines)))
     return 0
 

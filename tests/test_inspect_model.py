@@ -100,3 +100,15 @@ def test_a_config_of_another_network_is_refused(tmp_path, capsys):
     out, error = capsys.readouterr()
     assert list(json.loads(out)) == ["unet"] and message in error and error.count("\n") == 1
     assert load("inspect_model").networks_of("movq")["movq"].config.downscale == 8
+
+
+def test_only_what_depends_on_the_pictures_size_is_said_to_be_of_one(decoder_folder, capsys):
+    for place in (decoder_folder, decoder_folder.with_name("kandinsky-2-2-prior")):
+        assert run("inspect_model", place, "--pixels", "32", "--depth", "0") == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if "one row" in line]
+    assert {line.partition(":")[0] for line in heads if line.endswith(" at 32 px")} == {"movq", "unet"}
+    assert {line.partition(":")[0] for line in heads if line.endswith(" row")} == {
+        "image_encoder",
+        "prior",
+        "text_encoder",
+    }
