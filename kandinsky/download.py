@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -98,14 +98,18 @@ def load_manifest(path: Path) -> list[Repository]:
         raise CheckpointError(f"{path} is not a manifest ({type(error).__name__}: {error})") from None
 
 
-def select(repositories: list[Repository], model: str, part: str | None = None) -> list[Repository]:
-    """Those of a model ("2.2", "2.1" or "all") and, where given, of one part."""
+def select(
+    repositories: list[Repository], model: str, parts: Sequence[str] | None = None
+) -> list[Repository]:
+    """Those of a model ("2.2", "2.1" or "all") and, where given, of some parts."""
     of_model = [r for r in repositories if model in ("all", r.model)]
-    chosen = [r for r in of_model if part in (None, r.part)]
-    if not chosen:
-        parts = ", ".join(dict.fromkeys(r.part for r in of_model))
-        raise ValueError(f"{model} has no {part}; it has {parts}" if parts else f"no model {model!r}")
-    return chosen
+    known = list(dict.fromkeys(r.part for r in of_model))
+    if not known:
+        raise ValueError(f"no model {model!r}")
+    for part in parts or ():
+        if part not in known:
+            raise ValueError(f"{model} has no {part}; it has {', '.join(known)}")
+    return [r for r in of_model if parts is None or r.part in parts]
 
 
 def verify(repositories: list[Repository], out: Path, say: Say = print) -> list[str]:

@@ -14,7 +14,8 @@ PARTS = ("prior", "decoder", "inpaint", "controlnet-depth")
 def parse_args(argv=None):
     parser = cli.OneLineParser(__doc__)
     parser.add_argument("model", nargs="?", choices=("2.2", "2.1", "all"), help="which weights")
-    parser.add_argument("--only", choices=PARTS, help="one part of them; default: every part")
+    only_help = "one part of them, may be repeated; default: every part"
+    parser.add_argument("--only", choices=PARTS, action="append", help=only_help)
     parser.add_argument("--verify", action="store_true", help="check what is there; downloads nothing")
     parser.add_argument(
         "--convert", type=Path, metavar="FILE", help="make safetensors of a .bin, or of the authors' .ckpt"

@@ -156,6 +156,14 @@ def test_only_brings_one_part(whole):
     assert set(whole.hub.bodies) == set(whole.repositories[NAME]["files"])
 
 
+def test_only_may_be_repeated(tmp_path, capsys):
+    parts = ["--only", "controlnet-depth", "--only", "prior"]
+    assert run("download_weights", "2.2", *parts, "--verify", "--out", tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    missing = ("kandinsky-2-2-prior", "kandinsky-2-2-controlnet-depth")
+    assert lines == [f"{tmp_path / name}: not downloaded" for name in missing]
+
+
 def test_verify_needs_no_network_and_lists_what_is_wrong(place, capsys):
     assert place.run("2.2", "--verify") == 1
     assert f"{place.out / NAME}: not downloaded" in capsys.readouterr().out
