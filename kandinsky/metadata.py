@@ -121,6 +121,8 @@ def _parameters(settings: dict, size: tuple[int, int]) -> str:
         "Model hash": decoder["hash"][:10],
         "Model": decoder["name"],
     }
+    if "strength" in call:
+        fields["Denoising strength"] = call["strength"]
     last = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items())
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), last])
 

@@ -339,6 +339,8 @@ def test_what_viewers_read_is_of_this_picture_of_the_call(settings):
         "a dog\nNegative prompt: ugly\nSteps: 1, Sampler: DDPM, CFG scale: 4.0, Seed: 5, Size: 24x16, "
         'Model hash: 0000000000, Model: "mine: the second"'
     )
+    settings["call"]["strength"] = 0.4
+    assert metadata.texts(settings, (24, 16))["parameters"].endswith('second", Denoising strength: 0.4')
 
 
 def changed(settings, path, value):
