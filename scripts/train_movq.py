@@ -26,8 +26,11 @@ def parse_args(argv=None):
         "--latent-noise", type=cli.real(0), default=0.1, help="added to latents before they are decoded"
     )
     parser.add_argument("--save-dtype", choices=cli.DTYPES, default="float32", help="of the written MoVQ")
-    parser.add_argument("--freeze-encoder", action="store_true", help="train what decodes, keep the latents")
+    parser.add_argument(
+        "--freeze-encoder", action="store_true", help="train what decodes of --init's, keep the latents"
+    )
     training_cli.add_training_flags(parser, batch_size=16, learning_rate=1.5e-3)
+    cli.needs(parser, argv, "freeze_encoder", "init")
     return training_cli.parse(parser, argv, ("channels", "layers", "codes"))
 
 
