@@ -13,6 +13,7 @@ from kandinsky.clip_training import (
     ConvEncoder,
     LossWeights,
     TowerObjective,
+    image_encoder_of,
     load_image_encoder,
 )
 from kandinsky.config import CLIPImageConfig, CLIPTextConfig
@@ -88,6 +89,10 @@ def earlier_encoder(args) -> ConvEncoder | CLIPImageEncoder:
     folder = args.out if own else args.init
     if args.stage == "image" and not (folder / "teacher").is_dir():
         raise ValueError(f"--stage image needs a teacher to learn from, and {folder} has none")
+    if not image_encoder_of(folder)[1].is_dir():
+        raise ValueError(
+            f"--stage text needs a teacher or an image tower to learn from, and {folder} has none"
+        )
     return load_image_encoder(folder)
 
 
