@@ -58,10 +58,14 @@ def describe(
         "optimisation": "exact" if pipe.is_optimized else None,
         "device": str(pipe.device),
         "threads": torch.get_num_threads(),
-        "sampler": SAMPLERS.get(call.get("sampler"))
-        or type(pipe.scheduler).__name__.removesuffix("Scheduler"),
+        "sampler": sampler_name(pipe, call.get("sampler")),
         "versions": versions(),
     }
+
+
+def sampler_name(pipe: Any, sampler: str | None) -> str:
+    """Of the decoder; None: the checkpoint's scheduler"""
+    return SAMPLERS.get(sampler) or type(pipe.scheduler).__name__.removesuffix("Scheduler")
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from kandinsky import Kandinsky, cli, explain, images
+from kandinsky import Kandinsky, cli, explain, images, metadata
 from kandinsky.checkpoint import atomic_file
 from kandinsky.page import page
 
@@ -62,6 +62,7 @@ def main(argv=None) -> int:
     found.settings |= {f"lora {path.name}": args.lora_scale for path in args.lora or []}
     found.settings |= {"weights": folder.name, "prior": pipe.need_prior().name, "dtype": args.dtype}
     found.settings |= {"device": str(pipe.device), "optimized": args.optimize}
+    found.settings["sampler"] = metadata.sampler_name(pipe, args.sampler)
 
     def write(path: Path) -> None:
         with atomic_file(path, args.overwrite) as temporary:

@@ -158,7 +158,8 @@ def test_every_task_has_a_page_that_needs_nothing_else(random_folder, tmp_path, 
     assert text.count("clean estimate of step") == steps and text.count("<h2>") == 7
     assert all(re.search(r' alt="[^"]', tag) for tag in re.findall("<img[^>]*>", text))
     told = {"inpaint": {"image": "cat.png", "mask_image": "mask.png"}, "hint": {"hint": "cat.png"}}
-    for name, value in {"weights": weights.name, "optimized": "False", **told.get(task, {})}.items():
+    always = {"weights": weights.name, "optimized": "False", "sampler": "DDIM" if task == "2.1" else "DDPM"}
+    for name, value in (always | told.get(task, {})).items():
         assert f"<th>{name}</th><td>{value}</td>" in text
     assert len(text) < 5e6 and ("decoder sees no words" in text) == (task != "2.1")
     assert run("explain_run", "a cat", "--weights", weights, *given, *short) == 0
