@@ -287,7 +287,8 @@ def test_what_there_is_nothing_of_is_told_and_not_passed(monkeypatch, capsys):
         (["--json", "table.csv"], "table.csv: cannot write .csv; use .json"),
     ],
 )
-def test_a_check_of_parity_ignores_no_flag(capsys, flags, message):
+def test_a_check_of_parity_ignores_no_flag(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
     assert run("check_parity", *flags) == 2
     told = capsys.readouterr()
     assert message in told.err and told.err.count("\n") == 1 and not told.out
