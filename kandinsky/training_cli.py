@@ -105,7 +105,7 @@ def check_training_flags(args: Namespace) -> None:
 
 def check_place(args: Namespace, other: str) -> None:
     """other: the network by which --out is known as a repository of another kind"""
-    if args.lora is None and (args.out / other).is_dir():
+    if args.lora is None and (args.out / other / "config.json").exists():
         what = f"--out {args.out} has a {other}, whose scheduler and index would be written over"
         raise ValueError(f"{what}; choose another --out")
 

@@ -423,6 +423,15 @@ def test_a_repository_of_another_kind_is_not_written_over(decoder_folder, capsys
     assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
 
 
+def test_a_folder_of_repositories_is_not_one(decoder_folder, tmp_path, capsys):
+    """`--out mine` beside `mine/prior`, a whole repository by that name."""
+    prior = decoder_folder.with_name("kandinsky-2-2-prior")
+    shutil.copytree(prior, tmp_path / "prior")
+    places = ["--clip", tmp_path / "prior", "--movq", decoder_folder, "--out", tmp_path]
+    assert run("train_decoder", *places, "--size", "31") == 2
+    assert "--size is 31" in capsys.readouterr().err  # what is checked after the place
+
+
 @pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
 def test_a_folder_is_encoded_whole(tmp_path, capsys, script):
     places = ["--clip", tmp_path, "--movq", tmp_path][: 2 if script == "train_prior" else 4]
