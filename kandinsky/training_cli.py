@@ -84,7 +84,7 @@ def device_of(args: Namespace) -> torch.device:
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None, sizes: Iterable[str]) -> Namespace:
-    """The flags, none of which is ignored. sizes: those that shape a new network"""
+    """The flags, without those that --init or --data makes idle. sizes: those that shape a new network"""
     args = parser.parse_args(argv)
     if args.init is not None:
         cli.refuse(parser, argv, sizes, "a network from nothing; --init's has its own sizes")
