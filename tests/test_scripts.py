@@ -423,6 +423,23 @@ def test_a_repository_of_another_kind_is_not_written_over(decoder_folder, capsys
     assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
 
 
+@pytest.mark.parametrize(
+    "script, wrong, message",
+    [
+        ("train_prior", ["--add-layers", "1"], "--add-layers adds to"),
+        ("train_decoder", ["--size", "31"], "--size is 31"),
+    ],
+)
+def test_a_lora_may_lie_in_a_repository(decoder_folder, capsys, script, wrong, message):
+    """What is refused is what is checked after the place."""
+    prior = decoder_folder.with_name("kandinsky-2-2-prior")
+    init = prior if script == "train_prior" else decoder_folder
+    places = ["--clip", prior, "--movq", decoder_folder][: 2 if script == "train_prior" else 4]
+    for out in (decoder_folder, prior):
+        assert run(script, *places, "--init", init, "--out", out, "--lora", "2", *wrong) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_folder_of_repositories_is_not_one(decoder_folder, tmp_path, capsys):
     """`--out mine` beside `mine/prior`, a whole repository by that name."""
     prior = decoder_folder.with_name("kandinsky-2-2-prior")
