@@ -58,7 +58,7 @@ def test_a_layer_of_few_rows_is_a_convolution(monkeypatch, bias):
         monkeypatch.setattr(packed, "_order", orders)
         for x, expected in zip(inputs, plain):
             assert layer(x).shape == expected.shape and relative_l2(layer(x), expected) <= 1e-6
-    assert layer(randn(2, 3, 24)).is_contiguous() and layer(randn(0, 24)).shape == (0, 40)
+        assert layer(randn(2, 3, 24)).is_contiguous() and layer(randn(0, 24)).shape == (0, 40)
     layer.unpack()
     assert type(layer) is nn.Linear and torch.equal(layer.weight, weight)
 
