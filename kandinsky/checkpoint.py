@@ -199,6 +199,8 @@ def _in_its_place(folder: Path, name: str) -> str:
 
     indices, others = there(".safetensors.index*.json"), there(".safetensors")
     pickles = there(".bin", ".ckpt", ".pt", ".pth")
+    if pickles:  # a file of another name beside them is of something else, as a LoRA
+        others = [other for other in others if other.split(".")[0] == pickles[0].split(".")[0]]
     first = (others or pickles or [""])[0]
     is_piece = re.search(r"-\d+-of-\d+\.", first) is not None
     if indices:  # a variant's, .fp16
