@@ -89,9 +89,12 @@ class PackedForFewRows(Shared):
     @classmethod
     def fits(cls, weight: Tensor) -> bool:
         """Whether it is known to be faster, and orders can be told apart."""
-        has_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2" and weight.dtype == torch.float32
-        is_large = weight.numel() >= cls.SMALLEST and torch.get_num_threads() <= cls.MOST_THREADS
-        return has_avx2 and is_large and hasattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md")
+        is_large = weight.dtype == torch.float32 and weight.numel() >= cls.SMALLEST
+        has_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+        few_threads = torch.get_num_threads() <= cls.MOST_THREADS
+        return (
+            is_large and has_avx2 and few_threads and hasattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md")
+        )
 
     def plain(self) -> Tensor:
         """To the last bit what was packed."""
