@@ -13,6 +13,7 @@ order:
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ class Kandinsky(Requests):
         Args:
             image: a picture in any form (see `images.picture`), or a list with one per prompt.
             strength: 0 to 1, the share of the steps that run, the last int(num_inference_steps × strength).
-                Where that is 0 the picture is only encoded and decoded; at 1 little but its colours remains.
+                Where that is 0 the picture is only encoded and decoded, which a warning tells of a strength
+                above 0; at 1 little but its colours remains.
             latents: the noise that is added to the picture's latents.
             height, width: pixels, to which the picture is resized; None: the picture's own.
             Others as in `text2img`.
@@ -145,6 +147,9 @@ class Kandinsky(Requests):
         self.seeds = request.seeds
         z = self._encode(request)
         if not request.timesteps:
+            if request.strength > 0:
+                none = f"strength {strength} of {num_inference_steps} steps is none"
+                warnings.warn(f"{none}: the picture is only encoded and decoded", stacklevel=5)
             return self._finish(request, z)
 
         def noised(noise: Tensor) -> Tensor:
@@ -196,7 +201,8 @@ class Kandinsky(Requests):
             invert_mask: for masks of the old convention, where black is repainted.
             grow_mask: pixels, up to 4096, by which the repainted region grows. It also makes scratches count
                 that are thinner than f pixels, which the U-Net otherwise may not see.
-            feather_mask: pixels, likewise, over which the repainted region fades in, inside the mask.
+            feather_mask: pixels, likewise, over which the repainted region fades in, inside the mask; with
+                keep_unmasked only.
             hint: none: no checkpoint inpaints with one.
             height, width: pixels, to which picture and mask are resized; None: the picture's own.
             Others as in `text2img`.

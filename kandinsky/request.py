@@ -175,14 +175,19 @@ class Requests(Embedding):
     def _own_part(self, task: str, inputs: Inputs) -> dict[str, Any]:
         """What one task has and another has not, as a Request's fields."""
         self._check_task(task, inputs.hint)
+        keep_unmasked = arguments.flag(inputs.keep_unmasked, "keep_unmasked")
+        feather_mask = arguments.whole(inputs.feather_mask, "feather_mask", 0, masks.WIDEST)
+        if feather_mask and not keep_unmasked:
+            what = f"feather_mask is {feather_mask}, and keep_unmasked False"
+            raise ValueError(f"{what}: only over a picture that is kept can the repainted part fade in")
         return {
             "pictures": None if task == "text2img" else images.pictures(inputs.image),
             "masks": masks.masks(inputs.mask_image) if task == "inpaint" else None,
             "hints": None if inputs.hint is None else images.hints(inputs.hint),
-            "keep_unmasked": arguments.flag(inputs.keep_unmasked, "keep_unmasked"),
+            "keep_unmasked": keep_unmasked,
             "invert_mask": arguments.flag(inputs.invert_mask, "invert_mask"),
             "grow_mask": arguments.whole(inputs.grow_mask, "grow_mask", 0, masks.WIDEST),
-            "feather_mask": arguments.whole(inputs.feather_mask, "feather_mask", 0, masks.WIDEST),
+            "feather_mask": feather_mask,
         }
 
     def _sampler(self, name: Any) -> NoiseScheduler:

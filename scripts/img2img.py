@@ -1,7 +1,6 @@
 """Redraws a picture towards a prompt."""
 
 import sys
-import warnings
 
 from kandinsky import cli, drawing
 
@@ -30,9 +29,6 @@ def main(argv=None) -> int:
         prompts = drawing.need_prompts(args)
         call = {"prompt": prompts, **drawing.call_of(args), "strength": args.strength}
     drawing.draw("img2img", call, args, settings, drawing.job("img2img"))
-    if 0 < call["strength"] * call["num_inference_steps"] < 1:
-        share = f"{call['strength']} of {call['num_inference_steps']} steps"
-        warnings.warn(f"--strength {share} is none: the picture was not redrawn", stacklevel=2)
     return 0
 
 

@@ -27,10 +27,7 @@ def make_parser():
 
 @cli.one_line_errors
 def main(argv=None) -> int:
-    parser = make_parser()
-    args, settings = drawing.parse(parser, "inpaint", argv)
-    if args.no_keep_unmasked:
-        cli.refuse(parser, argv, ("feather_mask",), "pasting back, which --no-keep-unmasked leaves out")
+    args, settings = drawing.parse(make_parser(), "inpaint", argv)
     if not (args.image and args.mask) and settings is None:
         raise ValueError("give --image FILE and --mask FILE; see --help")
     if settings is not None:

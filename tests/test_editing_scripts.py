@@ -184,7 +184,7 @@ def test_a_strength_of_no_step_is_told(decoder_folder, files, capsys):
     given = ["cat", "--image", files / "cat.png", "--weights", decoder_folder, *QUICK]
     for strength, is_none in (("0.4", True), ("0.5", False)):
         assert run("img2img", *given, "--strength", strength, "--out", files / "out.png") == 0
-        warned = "warning: --strength 0.4 of 2 steps is none: the picture was not redrawn"
+        warned = "warning: strength 0.4 of 2 steps is none: the picture is only encoded and decoded"
         assert (warned in capsys.readouterr().err) == is_none
 
 
