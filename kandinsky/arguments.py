@@ -154,7 +154,7 @@ def prompts(value: Any, name: str = "prompt") -> list[str]:
     if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
         return [text(v, name) for v in value]
     if hasattr(value, "image_embeds"):
-        raise TypeError(f"{name} is an {type(value).__name__}; pass it as embeds=")
+        raise TypeError(f"{name} is an {type(value).__name__}, which the tasks take as embeds=")
     given = f"a {type(value).__name__}"
     if isinstance(value, (list, tuple)):
         others = [type(v).__name__ for v in value if not isinstance(v, str)]

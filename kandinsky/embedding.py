@@ -107,9 +107,9 @@ class Embedding(Parts):
         """A picture's embedding led towards a prompt: the prior started from it instead of from noise.
 
         Args:
-            image: one for all prompts or one per prompt; also embeddings, (d,) or (b, d).
+            image: one for all prompts or one per prompt; also embeddings, (d,) or (b, d), or both in a list.
             strength: the share of the prior's steps to run, 0 to 1; where that is no whole step the picture's
-                own embedding comes back, and the negative prompt has no part.
+                own embedding comes back, and the negative prompt has no part; a warning tells of it.
             latents: the noise that is added to the picture's embedding.
             Others as in `embed`.
         """
@@ -129,6 +129,9 @@ class Embedding(Parts):
         self.seeds = seeds
         start = self._embed_rows(items).repeat_interleave(images_per_prompt, dim=0)
         if not settings[0]:
+            if strength > 0:
+                none = f"strength {strength} of {num_inference_steps} steps is none"
+                warnings.warn(f"{none}: the picture's own embedding comes back", stacklevel=5)
             return ImageEmbeds(start)
         noise = Noise(self.seeds, self.device)
         return self._embed(texts, negatives, images_per_prompt, settings, noise, watch, latents, start)
@@ -318,12 +321,17 @@ class Embedding(Parts):
 
     def _pictures_or_rows(self, value: Any, name: str) -> list[Tensor]:
         """One or several pictures as (3, h, w), or embeddings as (1, d)."""
-        if isinstance(value, Tensor) and value.ndim in (1, 2):
-            rows = arguments.embeddings(torch.atleast_2d(value), self.unet_config.image_dim, name)
-            return list(rows.split(1))
-        if isinstance(value, ImageEmbeds):  # a tuple, which would be read as a list of pictures
-            raise TypeError(f"{name} is an ImageEmbeds; pass its image_embeds")
-        return images.pictures(value, name)
+        is_list = isinstance(value, (list, tuple)) and not isinstance(value, ImageEmbeds)
+        rows = []
+        for item in value if is_list and value else [value]:
+            if isinstance(item, ImageEmbeds):  # a tuple, which would be read as a list of pictures
+                raise TypeError(f"{name} is an ImageEmbeds; pass its image_embeds")
+            if isinstance(item, Tensor) and item.ndim in (1, 2):
+                embeds = arguments.embeddings(torch.atleast_2d(item), self.unet_config.image_dim, name)
+                rows += embeds.split(1)
+            else:
+                rows += images.pictures(item, name)
+        return rows
 
     def _mixture(self, items: Any, weights: Any) -> tuple[list, list[float]]:
         """What to mix: strings, pictures (3, h, w) and embeddings (1, d); and how much of each."""

@@ -367,13 +367,20 @@ def test_too_little_strength_only_encodes_and_decodes(pipe, strength, steps):
     """diffusers crashes at int(steps × strength) = 0."""
     image, seen = picture(WIDTH, HEIGHT), []
     settings = {"num_inference_steps": steps, "on_step": seen.append, "output_type": "pt"}
-    out = pipe.img2img(PROMPT, image=image, strength=strength, **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        out = pipe.img2img(PROMPT, image=image, strength=strength, **settings)
+        own = pipe.embed_from(
+            image, PROMPT, strength=strength, negative_prompt=NEGATIVE, num_inference_steps=steps
+        )
+    none = f"strength {strength} of {steps} steps is none: the picture"
+    results = (
+        [] if strength == 0 else [f"{none} is only encoded and decoded", f"{none}'s own embedding comes back"]
+    )
+    assert [(str(w.message), w.filename) for w in told] == [(result, __file__) for result in results]
     x = 2 * images.picture(image)[None] - 1
     assert torch.equal(out, images.to_unit_range(pipe.movq.decode(pipe.movq.encode(x)))) and not seen
     assert "unet" not in pipe._loaded and "prior" not in pipe._loaded
-    own = pipe.embed_from(
-        image, PROMPT, strength=strength, negative_prompt=NEGATIVE, num_inference_steps=steps
-    )
     assert torch.equal(own.image_embeds, pipe.embed_image(image)) and own.negative_image_embeds is None
 
 
@@ -471,6 +478,17 @@ def test_own_noise_of_embed_from_is_used(pipe):
     assert relative_l2(one, other) > 1e-2
 
 
+def test_pictures_and_embeddings_may_lie_in_one_list(pipe):
+    row, image = randn(EMBEDDING_DIM), picture(9, 9)
+    settings = {"strength": 0.7, "num_inference_steps": 3}
+    both = pipe.embed_from([row, image, row[None]], [PROMPT, OTHER, PROMPT], seed=[1, 2, 1], **settings)[0]
+    alone = [
+        pipe.embed_from(row, PROMPT, seed=1, **settings)[0],
+        pipe.embed_from(image, OTHER, seed=2, **settings)[0],
+    ]
+    assert relative_l2(both, torch.cat([*alone, alone[0]])) <= 1e-5
+
+
 def test_steps_of_embed_from_mix_and_inpaint_are_seen_and_can_stop(pipe, inpainter):
     seen = []
     pipe.embed_from(picture(9, 9), PROMPT, strength=0.5, num_inference_steps=6, on_step=seen.append)
@@ -551,6 +569,12 @@ BAD_CALLS = [
     ),
     ("inpaint", {"grow_mask": -1}, ValueError, "grow_mask is -1; allowed is 0 to 4096"),
     ("inpaint", {"feather_mask": 4097}, ValueError, "feather_mask is 4097; allowed is 0 to 4096"),
+    (
+        "inpaint",
+        {"feather_mask": 3, "keep_unmasked": False},
+        ValueError,
+        "feather_mask is 3, and keep_unmasked False: only over a picture that is kept",
+    ),
     ("inpaint", {"keep_unmasked": "no"}, TypeError, "keep_unmasked is 'no'; True or False is needed"),
     ("inpaint", {"invert_mask": None}, TypeError, "invert_mask is None; True or False is needed"),
     ("inpaint", {"feather_mask": 1.5}, TypeError, "feather_mask is 1.5 of type float; an int is needed"),
@@ -599,6 +623,8 @@ BAD_CALLS = [
     ("mix", {"negative_prior_prompt": 3}, TypeError, "negative_prior_prompt is a int; one string is needed"),
     ("mix", {"latents": torch.zeros(2, EMBEDDING_DIM)}, ValueError, r"needs \(1, 32\)"),
     ("embed_from", {"image": EMBEDS}, TypeError, "image is an ImageEmbeds; pass its image_embeds"),
+    ("embed_from", {"image": [EMBEDS]}, TypeError, "image is an ImageEmbeds; pass its image_embeds"),
+    ("embed_from", {"image": []}, ValueError, "image is an empty list"),
     ("embed_from", {"strength": 2}, ValueError, "strength is 2; allowed is 0 to 1"),
     (
         "embed_from",

@@ -561,7 +561,11 @@ BAD_CALLS = [
     ({"prompt": None}, ValueError, "give a prompt, or embeds"),
     ({"prompt": 3}, TypeError, "prompt is a int; a string or a list of strings is needed"),
     ({"prompt": []}, TypeError, "prompt is an empty list; a string or a list"),
-    ({"prompt": ImageEmbeds(torch.zeros(1, 2))}, TypeError, "prompt is an ImageEmbeds; pass it as embeds="),
+    (
+        {"prompt": ImageEmbeds(torch.zeros(1, 2))},
+        TypeError,
+        "an ImageEmbeds, which the tasks take as embeds=",
+    ),
     ({"prompt": ["a", 3]}, TypeError, "prompt is a list with a int in it; a string or a list"),
     ({"negative_prompt": ["a", "b"]}, ValueError, "2 negative prompts for 1 prompts; give one, or as many"),
     ({"negative_prompt": 1}, TypeError, "negative_prompt is a int"),
