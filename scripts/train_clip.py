@@ -51,7 +51,8 @@ def parse_args(argv=None):
         "--scene-weight", type=cli.real(0), default=1.0, help="of the scene head's loss; shapes only"
     )
     training_cli.add_training_flags(parser)
-    return parser.parse_args(argv)
+    sizes = ("dim", "text_layers", "image_width", "image_layers", "patch", "head_dim")
+    return training_cli.parse(parser, argv, sizes)
 
 
 def make_tokenizer(args, data) -> PromptTokenizer:

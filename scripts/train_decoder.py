@@ -72,7 +72,10 @@ def parse_args(argv=None):
     training_cli.add_cache_flags(parser)
     training_cli.add_lora_flag(parser)
     training_cli.add_training_flags(parser, learning_rate=1e-3)
-    return training_cli.parse(parser, argv, ("channels", "layers", "head_dim", "context_dim", "groups"))
+    args = training_cli.parse(parser, argv, ("channels", "layers", "head_dim", "context_dim", "groups"))
+    if args.task != "text2img" or reads_text(args):
+        cli.refuse(parser, argv, ("samples",), "text2img, 2.2")
+    return args
 
 
 def reads_text(args) -> bool:

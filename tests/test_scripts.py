@@ -22,6 +22,8 @@ from tests.test_training import write_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 QUICK = ["--steps", "2", "--prior-steps", "2", "--height", "16", "--width", "24", "--seed", "7"]
+SMALL_TOWERS = ["--image-width", "32", "--image-layers", "1", "--text-layers", "1", "--dim", "32"]
+SMALL_TOWERS += ["--head-dim", "16"]
 SMALL_UNET = ["--channels", "32", "48", "--head-dim", "16", "--context-dim", "16", "--groups", "8"]
 
 
@@ -239,11 +241,6 @@ def test_a_scale_without_a_lora_is_refused(monkeypatch, capsys, script):
     "script, flags, message",
     [
         (
-            "inpaint",
-            ["--image", "a.png", "--mask", "b.png", "--no-keep-unmasked", "--feather-mask", "3"],
-            "--feather-mask is of pasting back, which --no-keep-unmasked leaves out",
-        ),
-        (
             "mix",
             ["a dog", "--frames", "3", "--batch-size", "3"],
             "--batch-size is of mixtures without --frames",
@@ -398,16 +395,26 @@ def test_a_decoders_sizes_are_checked_before_anything_is_written(
     "script, flag",
     [
         *(("train_movq", flag) for flag in ("--channels", "--layers", "--codes")),
+        *(("train_clip", flag) for flag in ("--dim", "--text-layers", "--patch")),
         *(("train_prior", flag) for flag in ("--heads", "--head-dim", "--layers")),
         *(("train_decoder", flag) for flag in ("--channels", "--context-dim", "--groups")),
     ],
 )
 def test_sizes_beside_those_of_init_are_refused(tmp_path, capsys, script, flag):
-    places = ["--clip", tmp_path, "--movq", tmp_path][: {"train_movq": 0, "train_prior": 2}.get(script)]
+    needed = {"train_prior": ["--clip", tmp_path], "train_decoder": ["--clip", tmp_path, "--movq", tmp_path]}
+    places = needed.get(script, [])
     assert run(script, *places, "--init", tmp_path, "--out", tmp_path / "no", flag, "32") == 2
     told = capsys.readouterr().err
     assert f"{flag} is of a network from nothing; --init's has its own sizes" in told
     assert told.count("\n") == 1 and not (tmp_path / "no").exists()
+
+
+def test_samples_of_what_draws_none_are_refused(tmp_path, capsys):
+    places = ["--clip", tmp_path, "--movq", tmp_path, "--init", tmp_path, "--out", tmp_path / "no"]
+    assert run("train_decoder", *places, "--task", "inpaint", "--samples", "12") == 2
+    told = capsys.readouterr().err
+    assert "--samples is of text2img, 2.2" in told and told.count("\n") == 1
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("script, other", [("train_prior", "unet"), ("train_decoder", "prior")])
@@ -474,10 +481,9 @@ def test_what_a_training_starts_from_is_not_written_over(decoder_folder, capsys,
 def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path, monkeypatch):
     """At a rate of zero each writes the weights that it was given, on the teacher's embeddings."""
     first, data = tmp_path / "first", ["--data", write_folder(tmp_path / "pictures", 2), "--size", "16"]
-    towers = ["--image-width", "32", "--image-layers", "1", "--text-layers", "1", "--dim", "32"]
-    short = ["--steps", "1", "--learning-rate", "0", "--batch-size", "2", "--head-dim", "16", *data, *towers]
-    assert run("train_clip", "--stage", "both", "--out", first, *short, "--seed", "5") == 0
-    assert run("train_clip", "--stage", "teacher", "--out", first, *short, "--seed", "5") == 0
+    short = ["--steps", "1", "--learning-rate", "0", "--batch-size", "2", *data]
+    assert run("train_clip", "--stage", "both", "--out", first, *SMALL_TOWERS, *short, "--seed", "5") == 0
+    assert run("train_clip", "--stage", "teacher", "--out", first, *SMALL_TOWERS, *short, "--seed", "5") == 0
     stages = {"teacher": "teacher", "text": "text_encoder", "image": "image_encoder"}
     trained, train = [], training_cli.train
 
@@ -666,24 +672,24 @@ def test_a_prior_is_trained_on_a_cache_of_its_own_tokenizer_and_of_any_text_towe
 
 @pytest.fixture
 def clip_flags(tmp_path) -> list:
-    """A pair so small that a stage of one step takes a moment, learning nothing."""
+    """One step on two pictures, learning nothing."""
     data = ["--data", write_folder(tmp_path / "pictures", 2), "--size", "16", "--batch-size", "2"]
-    towers = ["--image-width", "32", "--image-layers", "1", "--text-layers", "1", "--dim", "32"]
-    return ["--steps", "1", "--learning-rate", "0", "--head-dim", "16", *data, *towers]
+    return ["--steps", "1", "--learning-rate", "0", *data]
 
 
 def test_an_image_tower_needs_a_teacher_of_its_own_width(tmp_path, clip_flags, capsys):
     pair, out, image = tmp_path / "pair", tmp_path / "out", ["--stage", "image"]
-    assert run("train_clip", "--out", pair, *clip_flags) == 0
+    assert run("train_clip", "--out", pair, *SMALL_TOWERS, *clip_flags) == 0
     capsys.readouterr()
-    for place in (["--out", pair], ["--init", pair, "--out", out]):
+    for place in (["--out", pair, *SMALL_TOWERS], ["--init", pair, "--out", out]):
         assert run("train_clip", *image, *place, *clip_flags) == 2
         message = f"--stage image needs a teacher to learn from, and {pair} has none\n"
         assert message in capsys.readouterr().err and not out.exists()
-    assert run("train_clip", "--stage", "teacher", "--out", out, *clip_flags) == 0
+    assert run("train_clip", "--stage", "teacher", "--out", out, *SMALL_TOWERS, *clip_flags) == 0
     capsys.readouterr()
     for stage in ("image", "text"):
-        assert run("train_clip", "--stage", stage, "--out", out, *clip_flags, "--dim", "48") == 2
+        wider = [*SMALL_TOWERS, "--dim", "48"]
+        assert run("train_clip", "--stage", stage, "--out", out, *wider, *clip_flags) == 2
         message = f"--stage {stage} learns embeddings of 32 numbers, and its tower gives 48; choose --dim 32"
         assert message in capsys.readouterr().err
 
@@ -691,8 +697,8 @@ def test_an_image_tower_needs_a_teacher_of_its_own_width(tmp_path, clip_flags, c
 @pytest.mark.parametrize("stage", ["teacher", "image"])
 def test_a_stage_without_texts_keeps_the_tokenizer_that_is_there(tmp_path, clip_flags, stage):
     first, out = tmp_path / "first", tmp_path / "out"
-    assert run("train_clip", "--stage", "teacher", "--out", first, *clip_flags) == 0
-    assert run("train_clip", "--out", first, *clip_flags) == 0
+    assert run("train_clip", "--stage", "teacher", "--out", first, *SMALL_TOWERS, *clip_flags) == 0
+    assert run("train_clip", "--out", first, *SMALL_TOWERS, *clip_flags) == 0
     shutil.copytree(first / "tokenizer", out / "tokenizer")
     vocabulary = out / "tokenizer" / "vocab.json"
     vocabulary.write_text(vocabulary.read_text() + "\n")
