@@ -22,6 +22,7 @@ def parse_args(argv=None):
         help="a network's, as mini-prior/prior; two or more",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, in the dtypes of the first")
+    parser.add_argument("--overwrite", action="store_true", help="replace the network that --out holds")
     return parser.parse_args(argv)
 
 
@@ -52,6 +53,8 @@ def main(argv=None) -> int:
         raise ValueError(f"only {first} is given; there is nothing to average it with")
     if args.out.resolve() in {folder.resolve() for folder in args.folders}:
         raise ValueError(f"--out {args.out} is one of the folders to average")
+    if (args.out / "config.json").exists() and not args.overwrite:
+        raise ValueError(f"--out {args.out} holds a network; --overwrite replaces it")
     config, (name, mean) = read_json(first / "config.json"), read(first)
     total = {key: tensor.float() for key, tensor in mean.items()}
     for folder in others:

@@ -78,6 +78,6 @@ for part in "$out/more/mini-prior"/*; do
     case $part in */training) ;; *) cp -R "$part" "$out/averaged/mini-prior/" ;; esac
 done
 for network in prior text_encoder; do
-    "${PYTHON:-python}" "$here/average_weights.py" --out "$out/averaged/mini-prior/$network" \
+    "${PYTHON:-python}" "$here/average_weights.py" --overwrite --out "$out/averaged/mini-prior/$network" \
         "$out/more/mini-prior/$network" "$out/busier/mini-prior/$network"
 done

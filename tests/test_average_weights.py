@@ -36,6 +36,18 @@ def test_the_mean_of_three_networks_loads(folders):
     assert Prior.from_pretrained(folders / "mean").config == Prior.read_config(folders / "a")
 
 
+def test_a_network_that_is_there_is_written_over_only_where_that_is_asked_for(folders, capsys):
+    given, written = (
+        [str(folders / "b"), str(folders / "c"), "--out", str(folders / "a")],
+        folders / "a" / FILE,
+    )
+    before = written.read_bytes()
+    assert run("average_weights", *given) == 2 and written.read_bytes() == before
+    told = capsys.readouterr().err
+    assert f"--out {folders / 'a'} holds a network; --overwrite replaces it" in told and told.count("\n") == 1
+    assert run("average_weights", *given, "--overwrite") == 0 and written.read_bytes() != before
+
+
 def test_what_cannot_be_averaged_is_refused_in_one_line(folders, capsys):
     config = json.loads((folders / "b" / "config.json").read_text())
     (folders / "b" / "config.json").write_text(json.dumps(config | {"num_layers": 2}))
