@@ -239,12 +239,13 @@ def _translate(tensors: Tensors, rules: Rules, head_dim: int) -> Iterator[tuple[
             name = re.sub(pattern, replacement, name)
         module, _, kind = name.rpartition(".")
         parent, _, last = module.rpartition(".")
-        if kind == "weight" and (last in SPLITS or re.search(r"attentions\.\d+\.to_(q|k|v|out\.0)$", module)):
+        is_linear = last in SPLITS or re.search(r"attentions\.\d+\.to_(q|k|v|out\.0)$", module)
+        if kind == "weight" and is_linear and tensor.ndim:
             tensor = tensor.flatten(1)  # a 1×1 convolution is a linear layer
         if last not in SPLITS:
             yield name, tensor
             continue
-        if tensor.shape[0] % (len(SPLITS[last]) * head_dim):
+        if not tensor.ndim or tensor.shape[0] % (len(SPLITS[last]) * head_dim):
             raise CheckpointError(f"{name} {tuple(tensor.shape)} does not divide into heads of {head_dim}")
         parts = rearrange(
             tensor, "(heads parts d) ... -> parts (heads d) ...", parts=len(SPLITS[last]), d=head_dim

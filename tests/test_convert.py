@@ -264,6 +264,13 @@ def test_wrong_tensors_are_listed_and_nothing_is_written(tmp_path, capsys):
             {"conv_norm_out.weight": torch.zeros(2)},
             "a network without 'encoder_hid_proj.image_embeds.weight'",
         ),
+        (
+            {
+                "model.prd_emb": torch.zeros(2),
+                "model.transformer.resblocks.0.attn.c_qkv.weight": torch.tensor(1.0),
+            },
+            "() does not divide into heads of 64",
+        ),
     ],
 )
 def test_an_unknown_network_without_config_is_one_line(tensors, message, tmp_path, capsys):
