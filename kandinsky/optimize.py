@@ -9,7 +9,7 @@ for drawing: only under `torch.no_grad` do the fast forms run, and gradients rea
 network's own weights. Each rewrite is exact up to the rounding of sums:
 
     packed weights      linear and convolution weights in oneDNN's order (`kandinsky.packed`; CPU); a
-                        convolution's at its first call, and again when batch, height or width change; the
+                        convolution's at its first call, and again for maps that ask for another order; the
                         prior's, which meet few rows at a time, in that of 1×1 convolutions (AVX2, float32)
     merged upsampling   doubling by nearest neighbour and the 3×3 convolution behind it as one
                         (`kandinsky.upsampling`)

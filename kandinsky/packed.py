@@ -1,10 +1,11 @@
 """Linear and convolution weights in the order that oneDNN's kernels read them, for the CPU.
 
-PyTorch lays a weight out anew at each call; a packed layer does it once, a convolution again when its maps
-change. The prior's large linear layers, which see few rows at a time, are packed as 1×1 convolutions. The
-packed weight takes the plain one's place in memory: `layer.weight` keeps its shape, dtype and device but
-holds NaN, and is made again for saving, casting, and wherever a gradient is asked for. The operators are
-PyTorch's own, those that its compiler emits, but private: `available` tells whether they are there.
+PyTorch lays a weight out anew at each call; a packed layer does it once, a convolution again for maps that
+ask for another order. The prior's large linear layers, which see few rows at a time, are packed as 1×1
+convolutions. The packed weight takes the plain one's place in memory: `layer.weight` keeps its shape, dtype
+and device but holds NaN, and is made again for saving, casting, and wherever a gradient is asked for. The
+operators are PyTorch's own, those that its compiler emits, but private: `available` tells whether they are
+there.
 """
 
 from functools import lru_cache
@@ -77,14 +78,15 @@ class PackedForFewRows(Shared):
     """
 
     WIDTHS = (32, 16, 8, 4)
-    WHERE = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+    WHERE = ((0, 0), (1, 1), (1, 1), 1)  # padding, stride, dilation, groups
     SMALLEST = 2**20  # numbers in a weight
     MOST_THREADS = 8  # with more the order does depend on the width
 
     def __init__(self, weight: Tensor):
         """weight: (c_out, c_in)"""
         kernel = weight[:, :, None, None]
-        self.tensor, self.order = _in_order(kernel, (1, weight.shape[1], 1, min(self.WIDTHS)))
+        self.tensor = packed_for((1, weight.shape[1], 1, min(self.WIDTHS)), kernel, self.WHERE)
+        self.order = order_of(self.tensor)
 
     @classmethod
     def fits(cls, weight: Tensor) -> bool:
@@ -92,9 +94,7 @@ class PackedForFewRows(Shared):
         is_large = weight.dtype == torch.float32 and weight.numel() >= cls.SMALLEST
         has_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
         few_threads = torch.get_num_threads() <= cls.MOST_THREADS
-        return (
-            is_large and has_avx2 and few_threads and hasattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md")
-        )
+        return is_large and has_avx2 and few_threads and can_tell_orders()
 
     def plain(self) -> Tensor:
         """To the last bit what was packed."""
@@ -111,26 +111,43 @@ class PackedForFewRows(Shared):
 
     def width(self, num_rows: int) -> int | None:
         """Of the widest map that reads this order and is not half empty."""
-        c_out, c_in = self.tensor.shape[:2]
         for width in self.WIDTHS:
             if width < 2 * num_rows or width == min(self.WIDTHS):
-                maps = (-(-num_rows // width), c_in, 1, width)
-                if _order(c_out, maps, torch.get_num_threads()) == self.order:
+                maps = (-(-num_rows // width), self.tensor.shape[1], 1, width)
+                if order_for(maps, self.tensor, self.WHERE) == self.order:
                     return width
         return None
 
 
-def _in_order(kernel: Tensor, maps: tuple[int, ...]) -> tuple[Tensor, bytes]:
-    """A 1×1 convolution's weight in the order that is best for maps of this shape, and the order's name."""
-    where = PackedForFewRows.WHERE
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(kernel.to_mkldnn(), *where, list(maps))
-    return packed, bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+def can_tell_orders() -> bool:
+    """Whether this PyTorch names the order that a packed weight is in."""
+    return hasattr(torch.ops.mkldnn, "_get_mkldnn_serialized_md")
 
 
-@lru_cache(maxsize=1024)
-def _order(c_out: int, maps: tuple[int, ...], num_threads: int) -> bytes:
-    """What is asked for a weight of c_out rows; num_threads: of this thread, on which it depends."""
-    return _in_order(torch.empty(c_out, maps[1], 1, 1, dtype=torch.float32, device="cpu"), maps)[1]
+def packed_for(maps: tuple[int, ...], kernel: Tensor, where: tuple) -> Tensor:
+    """A convolution's weight in the order that is best for maps of this shape.
+
+    where: padding, stride, dilation and groups
+    """
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(kernel.to_mkldnn(), *where, maps)
+
+
+def order_of(packed: Tensor) -> bytes:
+    """The name of a packed weight's order."""
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+
+
+def order_for(maps: tuple[int, ...], packed: Tensor, where: tuple) -> bytes:
+    """The name of the order that is best for maps of this shape, for a weight like this."""
+    return _order_for(maps, packed.shape, packed.dtype, where, torch.get_num_threads())
+
+
+@lru_cache(maxsize=4096)
+def _order_for(
+    maps: tuple[int, ...], kernel: tuple[int, ...], dtype: torch.dtype, where: tuple, num_threads: int
+) -> bytes:
+    """num_threads: of this thread, on which it depends"""
+    return order_of(packed_for(maps, torch.empty(kernel, dtype=dtype, device="cpu"), where))
 
 
 class Placeholder(nn.Parameter):
@@ -149,12 +166,12 @@ class PackedKernel(Shared):
 
     The order depends on batch, height and width. In one made for others a call can take ten times as long
     as with the plain weight: oneDNN then lays it out anew each time, and slowly. So a weight is packed when
-    it is first called, and again when the maps change.
+    it is first called, and again for maps that ask for another order.
     """
 
     def __init__(self, weight: Tensor, stride: Any, padding: Any, dilation: Any):
         """weight: (c_out, c_in, k, k), which it keeps"""
-        self.where = (list(padding), list(stride), list(dilation), 1)
+        self.where = (padding, stride, dilation, 1)
         # the shape of the maps that it is packed for, none yet
         self.current: tuple[torch.Size | None, Tensor] = (None, weight)
 
@@ -175,8 +192,9 @@ class PackedKernel(Shared):
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         shape, tensor = self.current
         if shape != x.shape:
-            weight = self.plain().to_mkldnn()
-            tensor = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *self.where, list(x.shape))
+            known = shape is not None and can_tell_orders()
+            if not known or order_for(x.shape, tensor, self.where) != order_of(tensor):
+                tensor = packed_for(x.shape, self.plain(), self.where)
             self.current = (x.shape, tensor)
         bias = None if bias is None else bias.detach()
         return torch.ops.mkldnn._convolution_pointwise(x, tensor, bias, *self.where, "none", [], "")

@@ -19,6 +19,7 @@ from tests.small import NETWORKS, ours, unet_output
 @needs_packing
 @torch.no_grad()
 def test_a_kernel_is_packed_for_the_maps_that_it_meets(monkeypatch):
+    monkeypatch.setattr(packed, "_order_for", lambda *asked: b"another")
     reorder, sizes = torch._C._nn.mkldnn_reorder_conv2d_weight, []
     record = lambda *args: sizes.append(tuple(args[-1])) or reorder(*args)  # noqa: E731
     monkeypatch.setattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", record)
@@ -38,6 +39,36 @@ def test_a_kernel_is_packed_for_the_maps_that_it_meets(monkeypatch):
     assert len(sizes) == 4  # its copy's maps are not its own
 
 
+@needs_packing
+@torch.no_grad()
+@pytest.mark.parametrize("can_tell", [True, False])
+def test_a_kernel_in_the_order_that_other_maps_ask_for_is_not_packed_again(monkeypatch, can_tell):
+    """As on a part of the loop that is not guided, with half the rows."""
+    pack, shapes = packed.packed_for, []
+    monkeypatch.setattr(packed, "packed_for", lambda maps, *rest: shapes.append(maps) or pack(maps, *rest))
+    monkeypatch.setattr(packed, "can_tell_orders", lambda: can_tell)
+    layer, maps = nn.Conv2d(8, 24, 3, padding=1), [randn(2, 8, 5, 6), randn(1, 8, 5, 6), randn(2, 8, 5, 6)]
+    plain = [layer(x) for x in maps]
+    packed.pack(layer)
+    monkeypatch.setattr(packed, "_order_for", lambda *asked: packed.order_of(layer.packed.current[1]))
+    for x, expected in zip(maps, plain):
+        assert relative_l2(layer(x), expected) <= 1e-6
+    assert shapes == [x.shape for x in (maps[:1] if can_tell else maps)]
+
+
+@needs_packing
+@torch.no_grad()
+def test_the_order_that_maps_ask_for_is_that_of_a_weight_packed_for_them():
+    layer = nn.Conv2d(8, 24, 3, padding=1)
+    packed.pack(layer)
+    for x in (randn(2, 8, 5, 6), randn(1, 8, 40, 40)):
+        layer(x)
+        form = layer.packed
+        assert packed.order_for(x.shape, form.current[1], form.where) == packed.order_of(form.current[1])
+    other = packed.packed_for((1, 8, 5, 6), randn(16, 8, 3, 3), form.where)
+    assert packed.order_of(other) != packed.order_of(form.current[1])
+
+
 def few_rows(monkeypatch) -> None:
     """Also small weights, and on other processors than those for which it is known to be faster."""
     monkeypatch.setattr(packed.PackedForFewRows, "SMALLEST", 0)
@@ -55,8 +86,8 @@ def test_a_layer_of_few_rows_is_a_convolution(monkeypatch, bias):
     inputs += [randn(2, 3, 24), randn(24), randn(2, 24, 5).mT]
     plain = [layer(x) for x in inputs]
     assert packed.pack(layer, sees_few_rows=True) and type(layer.packed) is packed.PackedForFewRows
-    for orders in (packed._order, lambda *asked: b"another"):  # which is never the weight's
-        monkeypatch.setattr(packed, "_order", orders)
+    for orders in (packed._order_for, lambda *asked: b"another"):  # which is never the weight's
+        monkeypatch.setattr(packed, "_order_for", orders)
         for x, expected in zip(inputs, plain):
             assert layer(x).shape == expected.shape and relative_l2(layer(x), expected) <= 1e-6
         assert layer(randn(2, 3, 24)).is_contiguous() and layer(randn(0, 24)).shape == (0, 40)
@@ -70,14 +101,14 @@ def test_rows_lie_in_the_widest_line_that_reads_the_weight_as_it_is(monkeypatch)
     form = packed.PackedForFewRows(randn(40, 24))
     asked, good = [], {8, 4}
 
-    def order(c_out: int, maps: tuple, num_threads: int) -> bytes:
-        asked.append((c_out, *maps, num_threads))
+    def order(maps: tuple, kernel: tuple, dtype: torch.dtype, where: tuple, num_threads: int) -> bytes:
+        asked.append((*kernel, *maps, num_threads))
         return form.order if maps[-1] in good else b"another"
 
-    monkeypatch.setattr(packed, "_order", order)
+    monkeypatch.setattr(packed, "_order_for", order)
     assert [form.width(n) for n in (1, 4, 5, 8, 9, 33)] == [4, 4, 8, 8, 8, 8]
     threads = torch.get_num_threads()
-    assert asked[-3:] == [(40, -(-33 // w), 24, 1, w, threads) for w in (32, 16, 8)]
+    assert asked[-3:] == [(40, 24, 1, 1, -(-33 // w), 24, 1, w, threads) for w in (32, 16, 8)]
     good.remove(8)
     good.remove(4)
     assert form.width(6) is None
