@@ -264,12 +264,18 @@ def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
         raise OSError(f"{path} cannot be written: its name is longer than {LONGEST_NAME} bytes")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the file's name too")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    check_folder(path.parent, path)
+
+
+def check_folder(folder: Path, path: Path) -> None:
+    """The same of a folder, which may still have to be made. path: what is to be written, for the error"""
+    folder = folder.absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        with TemporaryFile(dir=parent):
+        with TemporaryFile(dir=nearest):
             pass
     except OSError:
-        said = f"{path} cannot be written: {parent} is not a folder that can be written to"
+        said = f"{path} cannot be written: {nearest} is not a folder that can be written to"
         raise OSError(said) from None
 
 

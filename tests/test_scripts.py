@@ -478,6 +478,18 @@ def test_what_a_training_starts_from_is_not_written_over(decoder_folder, capsys,
     assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
 
 
+@pytest.mark.parametrize("script", ["train_movq", "train_clip", "train_prior", "train_decoder"])
+def test_where_nothing_can_be_written_nothing_is_encoded(tmp_path, capsys, script):
+    needed = {"train_prior": ["--clip", tmp_path], "train_decoder": ["--clip", tmp_path, "--movq", tmp_path]}
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "new"):
+        assert run(script, *needed.get(script, []), "--out", out) == 2
+        told = capsys.readouterr().err
+        assert f"{out} cannot be written: {tmp_path / 'file'} is not a folder" in told
+        assert told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path, monkeypatch):
     """At a rate of zero each writes the weights that it was given, on the teacher's embeddings."""
     first, data = tmp_path / "first", ["--data", write_folder(tmp_path / "pictures", 2), "--size", "16"]
