@@ -101,6 +101,9 @@ def main(argv=None) -> int:
         raise ValueError("--add-layers adds to --init's prior, and goes without --lora")
     if args.lora is not None and args.train_text:
         raise ValueError("--lora leaves the networks as they are; --train-text goes without it")
+    if args.init is None and args.heads * args.head_dim % 2:
+        what = f"--heads times --head-dim is {args.heads * args.head_dim}"
+        raise ValueError(f"{what}; an even number is needed")
     if args.init is not None:
         width = CLIPTextEncoder.read_config(args.clip / "text_encoder").projection_dim
         own = Prior.read_config(args.init / "prior").embedding_dim

@@ -587,6 +587,7 @@ def test_a_batch_of_contrast_is_no_larger_than_its_folder(tmp_path, capsys, monk
             "none of them is above 0",
         ),
         ("train_movq", ["--freeze-encoder"], "--freeze-encoder means nothing without --init"),
+        ("train_prior", ["--heads", "3", "--head-dim", "5"], "--head-dim is 15; an even number is needed"),
         ("train_clip", ["--stage", "text"], "--stage text needs a teacher or an image tower to learn from"),
         ("train_clip", ["--head-dim", "7"], "--dim is 160; it must divide into heads of --head-dim, 7"),
         ("train_clip", ["--patch", "64", "--size", "32"], "--size is 32; it must divide into patches of"),
