@@ -151,7 +151,7 @@ def main(argv=None) -> int:
     for name, value in (("--dim", args.dim), ("--image-width", args.image_width)):
         if value % args.head_dim:
             raise ValueError(f"{name} is {value}; it must divide into heads of --head-dim, {args.head_dim}")
-    if args.size % args.patch:
+    if args.init is None and args.size % args.patch:
         raise ValueError(f"--size is {args.size}; it must divide into patches of --patch, {args.patch}")
     with_scenes = args.scene_weight > 0 and args.data is None
     if args.stage == "teacher" and not args.picture_weight and not with_scenes:

@@ -490,6 +490,11 @@ def test_where_nothing_can_be_written_nothing_is_encoded(tmp_path, capsys, scrip
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_pictures_beside_init_need_not_divide_into_the_patches_of_a_new_tower(tmp_path, capsys):
+    assert run("train_clip", "--init", tmp_path, "--out", tmp_path / "no", "--size", "100") == 2
+    assert "no such folder" in capsys.readouterr().err  # what is looked for after the numbers are checked
+
+
 def test_every_stage_of_a_clip_pair_starts_from_what_init_holds(tmp_path, monkeypatch):
     """At a rate of zero each writes the weights that it was given, on the teacher's embeddings."""
     first, data = tmp_path / "first", ["--data", write_folder(tmp_path / "pictures", 2), "--size", "16"]
