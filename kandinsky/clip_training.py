@@ -5,6 +5,7 @@ is to be drawn must be in it. The heads read the embedding during training and a
 caption, one paints the picture, one (for shapes, where it is known) says what stands in each of nine places.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -60,7 +61,7 @@ class ConvEncoder(nn.Module, Pretrained):
             nn.SiLU(),
         ]
         self.layers = nn.Sequential(*layers)
-        features = widths[-1] * (config.image_size // 16) ** 2
+        features = widths[-1] * math.ceil(config.image_size / 16) ** 2
         self.out = nn.Linear(features, config.projection_dim)
         self.norm = nn.LayerNorm(config.projection_dim, elementwise_affine=False)
 

@@ -40,8 +40,8 @@ from kandinsky import (
     training_cli,
     vocabulary,
 )
-from kandinsky.clip_training import recolor, scene_labels
-from kandinsky.config import MoVQConfig, UNetConfig
+from kandinsky.clip_training import ConvEncoder, recolor, scene_labels
+from kandinsky.config import CLIPImageConfig, MoVQConfig, UNetConfig
 from kandinsky.datasets import Folder, Samples, Shapes, read_picture, shuffled, with_holes
 from kandinsky.decoder_training import DecoderObjective, Painter, decoder_loss, widen
 from kandinsky.embedding_cache import Cache, build_cache, digest, tokenizer_digest
@@ -815,6 +815,12 @@ def test_a_small_folder_is_measured_each_picture_once(tmp_path):
     objective.fresh = {"own": data}
     objective.heads.pop("scene")
     assert "own nearest of 5" in objective.sample(Draws("0", slice(None), 64))[1]
+
+
+def test_a_teacher_reads_pictures_of_any_size():
+    for size in (8, 24, 64):
+        teacher = ConvEncoder(replace(CLIPImageConfig(), image_size=size, projection_dim=16))
+        assert teacher(randn(2, 3, size, size)).shape == (2, 16)
 
 
 def test_captions_are_those_of_the_samples_and_need_no_picture(tmp_path, monkeypatch):
