@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from kandinsky.datasets import first
 from kandinsky.images import to_unit_range
 from kandinsky.movq import MoVQ
 from kandinsky.training import Draws, Objective, initialize, save_as
@@ -116,7 +117,7 @@ class MoVQObjective(Objective):
 
     def sample(self, draws: Draws) -> tuple[Tensor | None, dict[str, float]]:
         """Fresh pictures, from plain latents and from quantized ones."""
-        pixels = self.fresh.load(list(range(64))).pixels.to(draws.device)
+        pixels = first(self.fresh, 64).pixels.to(draws.device)
         z = self.movq.encode(pixels)
         plain, quantized = self.movq.decode(z.clamp(-1, 1)), self.movq(pixels)
         outside = (z.abs() > 1).float().mean().item()

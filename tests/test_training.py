@@ -815,6 +815,9 @@ def test_a_small_folder_is_measured_each_picture_once(tmp_path):
     objective.fresh = {"own": data}
     objective.heads.pop("scene")
     assert "own nearest of 5" in objective.sample(Draws("0", slice(None), 64))[1]
+    movq = movq_objective()
+    movq.fresh = data
+    assert movq.sample(Draws("0", slice(None), 64))[0].shape == (3, 5, 3, 32, 32)
 
 
 def test_a_teacher_reads_pictures_of_any_size():
