@@ -84,12 +84,15 @@ def device_of(args: Namespace) -> torch.device:
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str] | None, sizes: Iterable[str]) -> Namespace:
-    """The flags, without those that --init or --data makes idle. sizes: those that shape a new network"""
+    """The flags, without those that --init, --data or --lora makes idle. sizes: those that shape a new
+    network"""
     args = parser.parse_args(argv)
     if args.init is not None:
         cli.refuse(parser, argv, sizes, "a network from nothing; --init's has its own sizes")
     if args.data is not None and hasattr(args, "count"):
         cli.refuse(parser, argv, ("count",), "kandinsky.shapes; of --data all is encoded")
+    if getattr(args, "lora", None) is not None:
+        cli.refuse(parser, argv, ("save_dtype",), "a whole network; a LoRA is written in float32")
     return args
 
 

@@ -409,6 +409,16 @@ def test_sizes_beside_those_of_init_are_refused(tmp_path, capsys, script, flag):
     assert told.count("\n") == 1 and not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
+def test_a_precision_beside_a_lora_is_refused(tmp_path, capsys, script):
+    places = ["--clip", tmp_path, "--movq", tmp_path][: 2 if script == "train_prior" else 4]
+    flags = ["--init", tmp_path, "--out", tmp_path / "no", "--lora", "2", "--save-dtype", "float16"]
+    assert run(script, *places, *flags) == 2
+    told = capsys.readouterr().err
+    assert "--save-dtype is of a whole network; a LoRA is written in float32" in told
+    assert told.count("\n") == 1
+
+
 def test_samples_of_what_draws_none_are_refused(tmp_path, capsys):
     places = ["--clip", tmp_path, "--movq", tmp_path, "--init", tmp_path, "--out", tmp_path / "no"]
     assert run("train_decoder", *places, "--task", "inpaint", "--samples", "12") == 2
