@@ -419,6 +419,21 @@ def test_a_precision_beside_a_lora_is_refused(tmp_path, capsys, script):
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--stage", "teacher", "--caption-weight", "2"], "--caption-weight is of a head that --stage tea"),
+        (["--stage", "text", "--picture-weight", "2"], "--picture-weight is of a head that --stage text"),
+        (["--stage", "image", "--scene-weight", "2"], "--scene-weight is of a head that --stage image"),
+        (["--data", ".", "--scene-weight", "2"], "--scene-weight is of kandinsky.shapes; of --data no sc"),
+    ],
+)
+def test_weights_of_heads_that_are_not_trained_are_refused(tmp_path, capsys, flags, message):
+    assert run("train_clip", "--init", tmp_path, "--out", tmp_path / "no", *flags) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
 def test_samples_of_what_draws_none_are_refused(tmp_path, capsys):
     places = ["--clip", tmp_path, "--movq", tmp_path, "--init", tmp_path, "--out", tmp_path / "no"]
     assert run("train_decoder", *places, "--task", "inpaint", "--samples", "12") == 2
