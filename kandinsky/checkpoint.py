@@ -386,19 +386,19 @@ class Pretrained:
         """Writes the published layout, which diffusers and transformers load; never half a file.
 
         Raises:
-            CheckpointError: something was added to the network, or left out of it, so that the file could
-                not be read again.
+            CheckpointError: something was added to the network, taken from it or left out of it, or has
+                another shape, so that the file could not be read again.
         """
         if self.left_out:
             what = f"{type(self).__name__} was read without {', '.join(self.left_out)}"
             raise CheckpointError(f"this {what}; read the whole network, then save")
         with skeleton():
             own = type(self)(self.config).state_dict()
-        extra = [name for name in self.state_dict() if name not in own]
-        if extra:
-            what = f"{type(self).__name__} has {len(extra)} tensors more than its config, as {extra[0]}"
-            raise CheckpointError(f"this {what}; merge or remove what was added, then save")
-        write_safetensors(self.state_dict(), Path(folder) / self.weights_name)
+        tensors = self.state_dict()
+        found = {name: (tuple(t.shape), FLOATS.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+        what = f"this {type(self).__name__} does not fit its config"
+        check_tensors(own, found, f"{what}; merge or undo what was changed, then save")
+        write_safetensors(tensors, Path(folder) / self.weights_name)
         write_json(self.config.published(), Path(folder) / "config.json")
         remove_pieces(Path(folder), self.weights_name)
 

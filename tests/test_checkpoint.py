@@ -570,12 +570,18 @@ def test_what_users_of_diffusers_write_gets_an_answer(folder):
     assert "no config.json in it" in refusal(folder.parent / "kandinsky-2-2-decoder")  # a path
 
 
-def test_a_network_with_something_added_is_not_saved(tmp_path):
+@pytest.mark.parametrize(
+    "path, other, message",
+    [
+        ("mid_block.extra", torch.nn.Linear(2, 2), r"extra mid_block.extra.weight \(2, 2\); extra"),
+        ("mid_block.attentions.0.to_q", torch.nn.Identity(), r"missing mid_block.attentions.0.to_q.weight"),
+        ("conv_out", torch.nn.Conv2d(32, 4, 3), r"conv_out.weight is \(4, 32, 3, 3\), needs \(8, 32, 3, 3\)"),
+    ],
+)
+def test_a_network_that_could_not_be_read_again_is_not_saved(tmp_path, path, other, message):
     unet = ours(UNet, reference_unet())
-    unet.mid_block.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        CheckpointError, match="has 2 tensors more than its config, as mid_block.extra.weight"
-    ):
+    unet.set_submodule(path, other)
+    with pytest.raises(CheckpointError, match=f"this UNet does not fit its config.*{message}"):
         unet.save_pretrained(tmp_path / "unet")
     assert not list(tmp_path.iterdir())
 
