@@ -17,6 +17,7 @@ latent's size.
 import difflib
 import fnmatch
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -215,31 +216,58 @@ def attention_maps(
     if not names:
         what = "has an attention whose map can be seen (MoVQ's has none while it is optimized)"
         raise ValueError(f"no module called {', '.join(patterns)} of {type(model).__name__} {what}")
-    seen, stack = Record(names, limit), []
+    seen, inside = Record(names, limit), threading.local()
 
-    def watch(original: Callable) -> Callable:
-        def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-            if stack and keep is not None:
-                seen.add(stack[-1], lambda: keep(attention_weights(q, k, num_heads, mask).detach()))
-            elif stack:
-                size = 4 * q.shape[0] * num_heads * q.shape[1] * k.shape[1]
-                seen.add(stack[-1], lambda: attention_weights(q, k, num_heads, mask).detach().cpu(), size)
-            return original(q, k, v, num_heads, mask)
+    def stack() -> list[str]:
+        """The modules that this thread is in; others may run networks that nobody looks at."""
+        return vars(inside).setdefault("names", [])
 
-        return attention
+    def look(q: Tensor, k: Tensor, num_heads: int, mask: Tensor | None) -> None:
+        if stack() and keep is not None:
+            seen.add(stack()[-1], lambda: keep(attention_weights(q, k, num_heads, mask).detach()))
+        elif stack():
+            size = 4 * q.shape[0] * num_heads * q.shape[1] * k.shape[1]
+            seen.add(stack()[-1], lambda: attention_weights(q, k, num_heads, mask).detach().cpu(), size)
 
-    originals = [(module, module.attention) for module in (encoders, movq, prior, unet)]
-    with _hooks(model) as hooks:
+    with _hooks(model) as hooks, _watched_attention(look):
         for name in names:
             module = model.get_submodule(name)
-            hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: stack.append(name)))
             hooks.append(
-                module.register_forward_hook(lambda module, args, out: stack.pop() and None, always_call=True)
+                module.register_forward_pre_hook(lambda module, args, name=name: stack().append(name))
             )
-        for module, original in originals:
-            module.attention = watch(original)
-        try:
-            yield seen
-        finally:
-            for module, original in originals:
-                module.attention = original
+            hooks.append(
+                module.register_forward_hook(
+                    lambda module, args, out: stack().pop() and None, always_call=True
+                )
+            )
+        yield seen
+
+
+_exchanging = threading.Lock()
+
+
+@contextmanager
+def _watched_attention(look: Callable[[Tensor, Tensor, int, Tensor | None], None]) -> Iterator[None]:
+    """`look` sees what `layers.attention` gets, wherever that is called. Threads may do the same meanwhile,
+    and end in any order: one that is not the outermost then goes with those around it."""
+
+    def watcher(original: Callable) -> Callable:
+        def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+            look(q, k, num_heads, mask)
+            return original(q, k, v, num_heads, mask)
+
+        attention.original, attention.ended = original, False
+        return attention
+
+    watchers = {}
+    with _exchanging:
+        for module in (encoders, movq, prior, unet):
+            module.attention = watchers[module] = watcher(module.attention)
+    try:
+        yield
+    finally:
+        with _exchanging:
+            for module, own in watchers.items():
+                own.ended = True
+                while getattr(module.attention, "ended", False):
+                    module.attention = module.attention.original

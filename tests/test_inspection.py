@@ -1,9 +1,13 @@
 """Looking into networks and changing what passes through, without a trace."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
+import kandinsky.unet
 from kandinsky import MoVQ, Prior, UNet
 from kandinsky.inspection import attention_maps, edit, module_names, record
 from kandinsky.optimize import COMPILER, optimize
@@ -269,3 +273,32 @@ def test_the_text_towers_maps_are_causal():
     with attention_maps(tower, "*") as maps:
         output(tower)
     assert len(maps) == 3 and all(one.triu(1).abs().max() == 0 for values in maps.values() for one in values)
+
+
+@torch.no_grad()
+def test_attention_maps_of_two_threads_do_not_meet():
+    original = kandinsky.unet.attention
+    first, second = (ours(UNet, small.reference_unet(seed=seed)) for seed in (0, 1))
+    begun, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with torch.no_grad(), attention_maps(second, "mid_block.*") as maps:  # begins and ends as the second
+            begun.set()
+            ended.wait(10)
+            unet_output(second)
+            assert len(maps["mid_block.attentions.0"]) == 1
+
+    def while_first_attends(module: nn.Module, args: tuple) -> None:
+        with ThreadPoolExecutor(1) as thread:  # another network, which nobody looks at
+            thread.submit(unet_output, second).result()
+
+    with ThreadPoolExecutor(1) as thread:
+        with attention_maps(first, "mid_block.*") as maps:
+            first.mid_block.attentions[0].to_q.register_forward_pre_hook(while_first_attends)
+            unet_output(first)
+            assert len(maps["mid_block.attentions.0"]) == 1
+            running = thread.submit(other)
+            assert begun.wait(10)
+        ended.set()
+        running.result()
+    assert kandinsky.unet.attention is original
