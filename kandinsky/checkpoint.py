@@ -110,9 +110,14 @@ def write_json(fields: dict[str, Any], path: Path) -> None:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors atomically, with the header metadata of the published files. Raises an OSError."""
+    """Writes tensors atomically, with the header metadata of the published files. Tensors may share memory;
+    in the file each has its own. Raises an OSError."""
     with atomic_file(path) as temporary:
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        tensors, seen = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, set()
+        for name, tensor in tensors.items():
+            memory = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if memory in seen else tensor
+            seen.add(memory)
         try:
             save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:  # the disk is full, the folder is not to be written to …

@@ -142,7 +142,7 @@ def convert(
     there = next((path for path in (target, index) if path.exists()), None)
     if there and not overwrite:
         raise CheckpointError(f"{there} is there already; give --overwrite, or another folder with --out")
-    write_safetensors(_untied(tensors), target)
+    write_safetensors(tensors, target)
     remove_pieces(folder, target.name)
     if source != configs[0]:
         write_json(config, configs[0])
@@ -286,17 +286,6 @@ def _movq_up_rule(tensors: Tensors) -> tuple[str, Callable[[re.Match], str]]:
     """The authors' `up` counts levels from the finest, the published `up_blocks` from the coarsest."""
     last = _count(tensors, r"decoder\.up\.(\d+)\.") - 1
     return r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up_blocks.{last - int(match[1])}."
-
-
-def _untied(tensors: Tensors) -> Tensors:
-    """Tensors that share memory get their own: a safetensors file holds none of them twice under one name."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return out
 
 
 def _is_stale(name: str, tensor: Tensor) -> bool:

@@ -39,7 +39,7 @@ class ImageEmbeds(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, atomically."""
-        given = {name: t.clone() for name, t in self._asdict().items() if t is not None}  # may share memory
+        given = {name: t for name, t in self._asdict().items() if t is not None}
         write_safetensors(given, Path(path))
 
     @classmethod

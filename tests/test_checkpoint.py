@@ -570,6 +570,15 @@ def test_what_users_of_diffusers_write_gets_an_answer(folder):
     assert "no config.json in it" in refusal(folder.parent / "kandinsky-2-2-decoder")  # a path
 
 
+def test_a_network_whose_layers_share_a_weight_is_saved_with_one_for_each(tmp_path):
+    unet = ours(UNet, reference_unet())
+    first, second = (resnet.conv1 for resnet in unet.mid_block.resnets)
+    second.weight = first.weight
+    unet.save_pretrained(tmp_path)
+    read = UNet.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in unet.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "path, other, message",
     [
