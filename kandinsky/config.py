@@ -192,6 +192,11 @@ class UNetConfig:
     def latent_channels(self) -> int:
         return self.out_channels // 2
 
+    @property
+    def downscale(self) -> int:
+        """Latents per position of the coarsest map along one side: 8 for the released sizes."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
     def published(self) -> dict[str, Any]:
         attended = len(self.block_out_channels) - 1  # the finest level has no attention
         down = ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * attended

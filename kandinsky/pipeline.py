@@ -72,8 +72,9 @@ class Kandinsky(Requests):
                 the prompt itself and needs it beside embeds.
             hint: where things are: a picture in any form, of one channel or three in [0, 1], or a list. In a
                 depth map near is white. For checkpoints with a hint network only.
-            latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f²; f is
-                `movq_config.downscale`, 8 for the released ones.
+            latents: the decoder's own noise, (images, 4, H/f, W/f), H and W the next multiples of f², or of
+                f · `unet_config.downscale` if that is more; f is `movq_config.downscale`. Both are 8 for the
+                released ones.
             height, width: pixels, up to 65,536; None: the checkpoint's own.
             sampler: "dpm++" for DPM-Solver++(2M), good in 15 to 20 steps; None: the checkpoint's scheduler.
             guidance_interval: (start, stop), shares of the loop: steps before and after it are not guided and

@@ -93,7 +93,7 @@ class Request(NamedTuple):
     guidance_interval: tuple[float, float]
     cache_every: int
     size: tuple[int, int]  # of the pictures to return
-    full_size: tuple[int, int]  # that they are made at: the next multiples of f²
+    full_size: tuple[int, int]  # that they are made at; see `_full_size`
     latent_shape: tuple[int, int, int]  # of one image
     latents: Tensor | None
     output_type: str
@@ -212,9 +212,11 @@ class Requests(Embedding):
         return Words(texts, negatives, decoder_texts, embeds, count)
 
     def _full_size(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int, int]]:
-        """What a size in pixels is made at: the next multiples of f², and the shape of its latents."""
+        """What a size in pixels is made at, and the shape of its latents: the next multiples of f², as in
+        diffusers, or of more where a U-Net of more levels than MoVQ needs it."""
         f = self.movq_config.downscale
-        height, width = (-(-side // f**2) * f**2 for side in size)
+        multiple = f * max(f, self.unet_config.downscale)
+        height, width = (-(-side // multiple) * multiple for side in size)
         return (height, width), (self.unet_config.latent_channels, height // f, width // f)
 
     def _check_weights(self, words: Words, guidance_scale: float, needs_movq: bool) -> None:

@@ -326,7 +326,8 @@ class UNet(nn.Module, Pretrained):
         """One prediction.
 
         Args:
-            x: (b, 4, h, w) noisy latents, (b, 9, h, w) for inpainting; h and w multiples of 2^(levels - 1).
+            x: (b, 4, h, w) noisy latents, (b, 9, h, w) for inpainting; h and w multiples of
+                `config.downscale`.
             t: (b,) timestep, 0 to 999.
             image_embeds: (b, d) CLIP image embeddings.
             hint: (b, 3, 8h, 8w) in [0, 1], for the hint form only.
@@ -440,7 +441,7 @@ class UNet(nn.Module, Pretrained):
 
     def _check_sample(self, x: Tensor, given: Conditioning, hint_features: Tensor | None) -> None:
         rows = len(given[self.mid_block.attentions[0]][0])
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        factor = self.config.downscale
         channels = self.config.in_channels - (0 if hint_features is None else hint_features.shape[1])
         if x.ndim != 4 or x.shape[:2] != (rows, channels) or x.shape[2] % factor or x.shape[3] % factor:
             raise ValueError(

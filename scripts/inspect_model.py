@@ -113,7 +113,7 @@ def run(model: nn.Module, pixels: int) -> Any:
         n, d = config.num_embeddings, config.embedding_dim
         return model(rand(1, d), t, rand(1, d), rand(1, n, d), torch.ones(1, n, device="meta").bool())
     if isinstance(model, UNet):
-        f = 2 ** (len(config.block_out_channels) - 1)  # MoVQ's, which has as many levels
+        f = config.downscale  # MoVQ's, which has as many levels
         side = -(-pixels // f**2) * f
         hint = rand(1, 3, 8 * side, 8 * side) if config.hint else None
         channels = 4 if config.hint else config.in_channels

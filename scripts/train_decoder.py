@@ -153,7 +153,7 @@ def check_sizes(args) -> None:
         given = f"--channels are {', '.join(map(str, args.channels))}"
         raise ValueError(f"{given}; multiples of --groups, {args.groups}, are needed, the first one even")
     f = MoVQ.read_config(args.movq / "movq").downscale
-    multiple = f * 2 ** (len(unet_config(args, 1, f).block_out_channels) - 1)
+    multiple = f * unet_config(args, 1, f).downscale
     if args.size % multiple:
         raise ValueError(f"--size is {args.size}; this MoVQ and U-Net need a multiple of {multiple}")
 

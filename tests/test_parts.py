@@ -191,6 +191,16 @@ def test_a_network_on_another_device_is_refused(pipe):
     assert pipe.unet is before
 
 
+def test_a_unet_of_more_levels_than_movq_draws_any_size(pipe):
+    channels = (32, 32, 64, 64)
+    pipe.unet = UNet(replace(pipe.unet_config, block_out_channels=channels, layers_per_block=1)).eval()
+    embeds = ImageEmbeds(randn(1, EMBEDDING_DIM))
+    settings = {"embeds": embeds, "num_inference_steps": 1, "guidance_scale": 1.0}
+    assert pipe.text2img(height=17, width=40, **settings)[0].size == (40, 17)
+    latents = pipe.text2img(height=17, width=40, output_type="latent", **settings)
+    assert latents.shape == (1, 4, 8, 16)  # three halvings
+
+
 def test_replaced_networks_bring_their_own_sizes_and_task(pipe):
     pipe.movq = ours(MoVQ, reference_movq(4))
     picture = pipe.text2img(PROMPT, height=40, width=70, num_inference_steps=1, output_type="pt", seed=0)
