@@ -239,7 +239,7 @@ class Requests(Embedding):
         if name.name.startswith("mini-"):
             plain, hinted = "mini-decoder", "mini-controlnet-depth"
         family = "kandinsky-2-1" if config.text else plain
-        inpaints = config.in_channels > config.latent_channels and not config.hint
+        inpaints = config.in_channels == 2 * config.latent_channels + 1 and not config.hint
         if inpaints and task != "inpaint":
             needed = family if hint is None else hinted
             raise CheckpointError(f"{name} is for inpainting; use {needed} for {task}")

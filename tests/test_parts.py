@@ -201,6 +201,12 @@ def test_a_unet_of_more_levels_than_movq_draws_any_size(pipe):
     assert latents.shape == (1, 4, 8, 16)  # three halvings
 
 
+def test_a_unet_without_variance_is_not_taken_for_an_inpainting_one(pipe):
+    pipe.unet = UNet(replace(pipe.unet_config, out_channels=4)).eval()
+    with pytest.raises(CheckpointError, match="the U-Net's latents have 2 channels, MoVQ's 4"):
+        pipe.check("text2img", embeds=ImageEmbeds(randn(1, EMBEDDING_DIM)))
+
+
 def test_replaced_networks_bring_their_own_sizes_and_task(pipe):
     pipe.movq = ours(MoVQ, reference_movq(4))
     picture = pipe.text2img(PROMPT, height=40, width=70, num_inference_steps=1, output_type="pt", seed=0)
