@@ -10,6 +10,7 @@ Each stands in for the U-Net in the loops of `kandinsky.sampling`, which know of
 
 from collections.abc import Sequence
 from dataclasses import replace
+from threading import get_ident
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -78,8 +79,11 @@ class KeptFeatures:
         return outermost(self.unet, x, self.inner[-len(x) :], given, plan.hint_features)
 
     def _whole_step(self, x: Tensor, plan: Plan, index: int) -> Tensor:
+        thread = get_ident()
+
         def keep(_: Any, args: tuple) -> None:
-            self.inner = args[0]
+            if get_ident() == thread:  # others may run the same network
+                self.inner = args[0]
 
         # before others' hooks, which come again when the block gets what was kept
         hook = self.unet.up_blocks[-1].register_forward_pre_hook(keep, prepend=True)

@@ -1,5 +1,6 @@
 """The approximate modes: what they leave out, that the rest is exact, and that by default all is done."""
 
+from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 
 import pytest
@@ -89,6 +90,26 @@ def test_an_edit_of_the_last_block_is_made_once_a_step(pipe):
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_another_thread_on_the_same_network_does_not_change_what_is_kept():
+    unet = ours(UNet, reference_unet())
+    plan = unet.prepare(randn(2, EMBEDDING_DIM, seed=1), [999, 20])
+    x = randn(2, 4, 8, 12)
+
+    def two_steps() -> torch.Tensor:
+        kept = KeptFeatures(unet, 2)
+        return torch.cat([kept.step(x, plan, index) for index in (0, 1)])
+
+    def meanwhile(module: torch.nn.Module, args: tuple) -> None:
+        hook.remove()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(unet.step, randn(2, 4, 8, 12, seed=2), plan, 0).result()
+
+    alone = two_steps()
+    hook = unet.conv_norm_out.register_forward_pre_hook(meanwhile)
+    assert torch.equal(two_steps(), alone)
+
+
 def test_a_step_without_guidance_keeps_the_conditional_features():
     unet, x = ours(UNet, reference_unet()), randn(1, 4, 8, 8)
     embeds = randn(2, EMBEDDING_DIM)
