@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-    """Multi-head attention; all attention in the package runs through here.
+    """Multi-head attention; all attention in the package runs through here, but an optimized MoVQ's.
 
     Args:
         q: (b, n, c)

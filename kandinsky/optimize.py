@@ -19,7 +19,8 @@ network's own weights. Each rewrite is exact up to the rounding of sums:
                         in bands (`kandinsky.bands`): no further map of that size for each norm; for smaller
                         ones SiLU and the skip connection's sum overwrite what they read
                         (`kandinsky.overwriting`)
-    chunked attention   MoVQ's head, as wide as the map, is too wide for fast fused kernels; rows in chunks
+    chunked attention   MoVQ's head, as wide as the map, is too wide for fast fused kernels; rows in chunks,
+                        without `layers.attention`
     winograd            wide 3×3 convolutions with a quarter of the multiplications (`kandinsky.winograd`;
                         float32, CPU), of layers with packed weights; their weights are kept twice, the second
                         time four times as large

@@ -14,7 +14,8 @@ each token of the prompt, and temb takes in the whole prompt's embedding.
 
 What the timestep and the image embedding give to each block does not depend on the noise. `Conditioning`
 holds it by module, so the walk through the blocks (`denoise`) is written once: `forward` makes it for one
-call, `prepare` for a whole loop.
+call, `prepare` for a whole loop. It is made for `ResnetBlock`s and `AttentionBlock`s: a block of your own in
+the place of one is a subclass of it.
 
 Why two ways in for the image embedding: in temb it sets scale and shift of whole maps, what the picture is
 of; as 32 tokens beside the positions it can be read at one place and not at another. Attention is one
