@@ -36,19 +36,19 @@ def module_names(model: nn.Module, pattern: str) -> list[str]:
     """The submodules whose names match, in the order of the network; `*` stands for any part of a name.
 
     Raises:
-        ValueError: none does, and the message names the three nearest; or the one so called is not in use,
-            or only holds others.
+        ValueError: none does, and the message names the three nearest; or all that do are not in use, or only
+            hold others.
     """
     names = [name for name, _ in model.named_modules() if name]
-    if pattern in names:
-        module = model.get_submodule(pattern)
-        if module in uncalled(model):
-            why = "is not called in an optimized network; kandinsky.optimize.restore(network) first"
-            raise ValueError(f"{pattern} {why}")
-        if type(module).forward is nn.Module.forward:
-            raise ValueError(f"{pattern} is a {type(module).__name__}, which only holds others: {pattern}.*")
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if found:
+        modules = {model.get_submodule(name) for name in found}
+        if modules <= uncalled(model):
+            why = "is not called in an optimized network; kandinsky.optimize.restore(network) first"
+            raise ValueError(f"{pattern} {why}")
+        if all(type(module).forward is nn.Module.forward for module in modules):
+            kind = type(modules.pop()).__name__
+            raise ValueError(f"{pattern} is a {kind}, which only holds others: {pattern}.*")
         return found
     nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
     raise ValueError(
