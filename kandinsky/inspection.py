@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ def attention_maps(
             size = 4 * q.shape[0] * num_heads * q.shape[1] * k.shape[1]
             seen.add(stack()[-1], lambda: attention_weights(q, k, num_heads, mask).detach().cpu(), size)
 
-    with _hooks(model) as hooks, _watched_attention(look):
+    with _hooks(model) as hooks, _watching(look):
         for name in names:
             module = model.get_submodule(name)
             hooks.append(
@@ -243,31 +244,33 @@ def attention_maps(
         yield seen
 
 
-_exchanging = threading.Lock()
+_opening = threading.Lock()
+_looking: list[Callable] = []  # what each `attention_maps` that is open, in any thread, does at a call
+_unwatched: dict[ModuleType, Callable] = {}  # by module that calls it, the attention without that
+
+
+def _watched(original: Callable) -> Callable:
+    def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+        for look in tuple(_looking):
+            look(q, k, num_heads, mask)
+        return original(q, k, v, num_heads, mask)
+
+    return attention
 
 
 @contextmanager
-def _watched_attention(look: Callable[[Tensor, Tensor, int, Tensor | None], None]) -> Iterator[None]:
-    """`look` sees what `layers.attention` gets, wherever that is called. Threads may do the same meanwhile,
-    and end in any order: one that is not the outermost then goes with those around it."""
-
-    def watcher(original: Callable) -> Callable:
-        def attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-            look(q, k, num_heads, mask)
-            return original(q, k, v, num_heads, mask)
-
-        attention.original, attention.ended = original, False
-        return attention
-
-    watchers = {}
-    with _exchanging:
-        for module in (encoders, movq, prior, unet):
-            module.attention = watchers[module] = watcher(module.attention)
+def _watching(look: Callable[[Tensor, Tensor, int, Tensor | None], None]) -> Iterator[None]:
+    """`look` sees what `layers.attention` gets, wherever that is called."""
+    with _opening:
+        if not _looking:
+            for module in (encoders, movq, prior, unet):
+                _unwatched[module], module.attention = module.attention, _watched(module.attention)
+        _looking.append(look)
     try:
         yield
     finally:
-        with _exchanging:
-            for module, own in watchers.items():
-                own.ended = True
-                while getattr(module.attention, "ended", False):
-                    module.attention = module.attention.original
+        with _opening:
+            _looking.remove(look)
+            if not _looking:
+                for module, original in _unwatched.items():
+                    module.attention = original
