@@ -392,7 +392,7 @@ class Pretrained:
 
         Raises:
             CheckpointError: something was added to the network, taken from it or left out of it, or has
-                another shape, so that the file could not be read again.
+                another shape or no floating-point dtype, so that the file could not be read again.
         """
         if self.left_out:
             what = f"{type(self).__name__} was read without {', '.join(self.left_out)}"

@@ -321,16 +321,16 @@ class Embedding(Parts):
 
     def _pictures_or_rows(self, value: Any, name: str) -> list[Tensor]:
         """One or several pictures as (3, h, w), or embeddings as (1, d)."""
-        is_list = isinstance(value, (list, tuple)) and not isinstance(value, ImageEmbeds)
         rows = []
-        for item in value if is_list and value else [value]:
-            if isinstance(item, ImageEmbeds):  # a tuple, which would be read as a list of pictures
+        # ImageEmbeds are a tuple
+        for item in [value] if isinstance(value, ImageEmbeds) else images.listed(value, name):
+            if isinstance(item, ImageEmbeds):
                 raise TypeError(f"{name} is an ImageEmbeds; pass its image_embeds")
             if isinstance(item, Tensor) and item.ndim in (1, 2):
                 embeds = arguments.embeddings(torch.atleast_2d(item), self.unet_config.image_dim, name)
                 rows += embeds.split(1)
             else:
-                rows += images.pictures(item, name)
+                rows.append(images.picture(item, name))
         return rows
 
     def _mixture(self, items: Any, weights: Any) -> tuple[list, list[float]]:

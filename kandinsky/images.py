@@ -268,7 +268,10 @@ def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
 
 
 def check_folder(folder: Path, path: Path) -> None:
-    """The same of a folder, which may still have to be made. path: what is to be written, for the error"""
+    """Raises an OSError where nothing can be written to a folder, which may still have to be made.
+
+    path: what is to be written, for the error
+    """
     folder = folder.absolute()
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:

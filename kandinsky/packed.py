@@ -171,7 +171,7 @@ class PackedKernel(Shared):
 
     def __init__(self, weight: Tensor, stride: Any, padding: Any, dilation: Any):
         """weight: (c_out, c_in, k, k), which it keeps"""
-        self.where = (padding, stride, dilation, 1)
+        self.where = (tuple(padding), tuple(stride), tuple(dilation), 1)
         # the shape of the maps that it is packed for, none yet
         self.current: tuple[torch.Size | None, Tensor] = (None, weight)
 

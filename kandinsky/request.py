@@ -222,11 +222,13 @@ class Requests(Embedding):
     def _check_weights(self, words: Words, guidance_scale: float, needs_movq: bool) -> None:
         """The files of all networks that will be read, whether they go together, and the zero image's
         embedding, where guidance will need it."""
-        made, read = self.unet_config.latent_channels, self.movq_config.latent_channels
+        config, read = self.unet_config, self.movq_config.latent_channels
+        made, name = config.latent_channels, self.decoder_folder
         if needs_movq and made != read:
-            raise CheckpointError(
-                f"{self.decoder_folder}: the U-Net's latents have {made} channels, MoVQ's {read}"
-            )
+            raise CheckpointError(f"{name}: the U-Net's latents have {made} channels, MoVQ's {read}")
+        if not config.hint and config.in_channels not in (made, 2 * made + 1):
+            what = f"{name}: the U-Net reads {config.in_channels} channels and its latents have {made}"
+            raise CheckpointError(f"{what}; {made} are needed, or {2 * made + 1} for inpainting")
         needed = (["text_encoder", "prior"] if words.texts else []) + ["unet"] + ["movq"] * needs_movq
         self.check_files(*needed, *(["decoder_text_encoder"] if words.decoder_texts else []))
         negatives = words.negatives if words.texts else words.embeds.negative_image_embeds

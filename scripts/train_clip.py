@@ -31,7 +31,12 @@ STARTS = {  # what of --init each stage goes on with
     "image": ("image_encoder",),
 }
 HEADS = ("caption_weight", "picture_weight", "scene_weight")
-WITHOUT = {"both": (), "teacher": ("caption_weight",), "text": HEADS, "image": HEADS}
+UNTRAINED = {  # which of these a stage leaves out
+    "both": (),
+    "teacher": ("caption_weight",),
+    "text": HEADS,
+    "image": HEADS,
+}
 
 
 def parse_args(argv=None):
@@ -55,7 +60,7 @@ def parse_args(argv=None):
     training_cli.add_training_flags(parser)
     sizes = ("dim", "text_layers", "image_width", "image_layers", "patch", "head_dim")
     args = training_cli.parse(parser, argv, sizes)
-    cli.refuse(parser, argv, WITHOUT[args.stage], f"a head that --stage {args.stage} does not train")
+    cli.refuse(parser, argv, UNTRAINED[args.stage], f"a head that --stage {args.stage} does not train")
     if args.data is not None:
         cli.refuse(parser, argv, ("scene_weight",), "kandinsky.shapes; of --data no scene is known")
     return args

@@ -90,7 +90,6 @@ def test_an_edit_of_the_last_block_is_made_once_a_step(pipe):
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_another_thread_on_the_same_network_does_not_change_what_is_kept():
     unet = ours(UNet, reference_unet())
     plan = unet.prepare(randn(2, EMBEDDING_DIM, seed=1), [999, 20])
@@ -110,6 +109,7 @@ def test_another_thread_on_the_same_network_does_not_change_what_is_kept():
     assert torch.equal(two_steps(), alone)
 
 
+@torch.no_grad()
 def test_a_step_without_guidance_keeps_the_conditional_features():
     unet, x = ours(UNet, reference_unet()), randn(1, 4, 8, 8)
     embeds = randn(2, EMBEDDING_DIM)

@@ -579,11 +579,17 @@ def test_a_network_whose_layers_share_a_weight_is_saved_with_one_for_each(tmp_pa
     assert all(torch.equal(read[name], tensor) for name, tensor in unet.state_dict().items())
 
 
+def whole_numbers(*shape: int) -> torch.nn.Module:
+    weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.int8), requires_grad=False)
+    return torch.nn.ParameterDict({"weight": weight})
+
+
 @pytest.mark.parametrize(
     "path, other, message",
     [
         ("mid_block.extra", torch.nn.Linear(2, 2), r"extra mid_block.extra.weight \(2, 2\); extra"),
         ("mid_block.attentions.0.to_q", torch.nn.Identity(), r"missing mid_block.attentions.0.to_q.weight"),
+        ("conv_out", whole_numbers(8, 32, 3, 3), "conv_out.weight holds torch.int8"),
         ("conv_out", torch.nn.Conv2d(32, 4, 3), r"conv_out.weight is \(4, 32, 3, 3\), needs \(8, 32, 3, 3\)"),
     ],
 )

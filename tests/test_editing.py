@@ -625,6 +625,8 @@ BAD_CALLS = [
     ("embed_from", {"image": EMBEDS}, TypeError, "image is an ImageEmbeds; pass its image_embeds"),
     ("embed_from", {"image": [EMBEDS]}, TypeError, "image is an ImageEmbeds; pass its image_embeds"),
     ("embed_from", {"image": []}, ValueError, "image is an empty list"),
+    ("embed_from", {"image": [[picture(9, 9)]]}, TypeError, "image is a list; needed is a PIL picture"),
+    ("embed_from", {"image": [torch.zeros(2, 3, 9, 9)]}, ValueError, r"image has the shape \(2, 3, 9, 9\)"),
     ("embed_from", {"strength": 2}, ValueError, "strength is 2; allowed is 0 to 1"),
     (
         "embed_from",

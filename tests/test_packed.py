@@ -15,6 +15,10 @@ from tests import small
 from tests.helpers import needs_bfloat16_kernels, needs_packing, randn, relative_l2
 from tests.small import NETWORKS, ours, unet_output
 
+needs_orders = pytest.mark.skipif(
+    not (packed.available() and packed.can_tell_orders()), reason="this PyTorch does not name oneDNN's orders"
+)
+
 
 @needs_packing
 @torch.no_grad()
@@ -39,7 +43,7 @@ def test_a_kernel_is_packed_for_the_maps_that_it_meets(monkeypatch):
     assert len(sizes) == 4  # its copy's maps are not its own
 
 
-@needs_packing
+@needs_orders
 @torch.no_grad()
 @pytest.mark.parametrize("can_tell", [True, False])
 def test_a_kernel_in_the_order_that_other_maps_ask_for_is_not_packed_again(monkeypatch, can_tell):
@@ -56,7 +60,7 @@ def test_a_kernel_in_the_order_that_other_maps_ask_for_is_not_packed_again(monke
     assert shapes == [x.shape for x in (maps[:1] if can_tell else maps)]
 
 
-@needs_packing
+@needs_orders
 @torch.no_grad()
 def test_the_order_that_maps_ask_for_is_that_of_a_weight_packed_for_them():
     layer = nn.Conv2d(8, 24, 3, padding=1)
@@ -76,7 +80,7 @@ def few_rows(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
-@needs_packing
+@needs_orders
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_of_few_rows_is_a_convolution(monkeypatch, bias):
@@ -95,7 +99,7 @@ def test_a_layer_of_few_rows_is_a_convolution(monkeypatch, bias):
     assert type(layer) is nn.Linear and torch.equal(layer.weight, weight)
 
 
-@needs_packing
+@needs_orders
 def test_rows_lie_in_the_widest_line_that_reads_the_weight_as_it_is(monkeypatch):
     few_rows(monkeypatch)
     form = packed.PackedForFewRows(randn(40, 24))
@@ -114,7 +118,7 @@ def test_rows_lie_in_the_widest_line_that_reads_the_weight_as_it_is(monkeypatch)
     assert form.width(6) is None
 
 
-@needs_packing
+@needs_orders
 def test_only_large_weights_of_the_prior_are_for_few_rows(monkeypatch):
     def forms(make) -> set[type]:
         network = make(0)
@@ -131,7 +135,7 @@ def test_only_large_weights_of_the_prior_are_for_few_rows(monkeypatch):
         assert forms(prior) == {packed.PackedWeight}
 
 
-@needs_packing
+@needs_orders
 @torch.no_grad()
 def test_a_prior_of_few_rows_gives_the_same_and_comes_back_to_the_bit(monkeypatch):
     few_rows(monkeypatch)

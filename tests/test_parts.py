@@ -207,6 +207,14 @@ def test_a_unet_without_variance_is_not_taken_for_an_inpainting_one(pipe):
         pipe.check("text2img", embeds=ImageEmbeds(randn(1, EMBEDDING_DIM)))
 
 
+@pytest.mark.parametrize("channels", [3, 5, 8])
+def test_a_unet_that_reads_what_no_task_has_is_refused(pipe, channels):
+    pipe.unet = UNet(replace(pipe.unet_config, in_channels=channels)).eval()
+    message = f"the U-Net reads {channels} channels and its latents have 4; 4 are needed, or 9 for inpainting"
+    with pytest.raises(CheckpointError, match=message):
+        pipe.check("text2img", prompt=PROMPT)
+
+
 def test_replaced_networks_bring_their_own_sizes_and_task(pipe):
     pipe.movq = ours(MoVQ, reference_movq(4))
     picture = pipe.text2img(PROMPT, height=40, width=70, num_inference_steps=1, output_type="pt", seed=0)
