@@ -129,9 +129,7 @@ class Embedding(Parts):
         self.seeds = seeds
         start = self._embed_rows(items).repeat_interleave(images_per_prompt, dim=0)
         if not settings[0]:
-            if strength > 0:
-                none = f"strength {strength} of {num_inference_steps} steps is none"
-                warnings.warn(f"{none}: the picture's own embedding comes back", stacklevel=5)
+            self._tell_of_no_step(strength, num_inference_steps, "the picture's own embedding comes back")
             return ImageEmbeds(start)
         noise = Noise(self.seeds, self.device)
         return self._embed(texts, negatives, images_per_prompt, settings, noise, watch, latents, start)
@@ -271,6 +269,12 @@ class Embedding(Parts):
             loop = sample_prior(prior, self.prior_scheduler, cache, x, draw, timesteps, guidance_scale)
             x = self._run(loop, len(timesteps), *watch, "prior")
             return None if x is None else prior.denormalize(x)
+
+    @staticmethod
+    def _tell_of_no_step(strength: float, num_steps: int, result: str) -> None:
+        """For a public method, where `last_steps` leaves none: a warning, unless that was asked for."""
+        if strength > 0:
+            warnings.warn(f"strength {strength} of {num_steps} steps is none: {result}", stacklevel=6)
 
     @staticmethod
     def _watch(on_step: Any, progress: Any) -> tuple[OnStep | None, bool]:

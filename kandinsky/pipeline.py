@@ -13,7 +13,6 @@ order:
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,9 +147,8 @@ class Kandinsky(Requests):
         self.seeds = request.seeds
         z = self._encode(request)
         if not request.timesteps:
-            if request.strength > 0:
-                none = f"strength {strength} of {num_inference_steps} steps is none"
-                warnings.warn(f"{none}: the picture is only encoded and decoded", stacklevel=5)
+            result = "the picture is only encoded and decoded"
+            self._tell_of_no_step(strength, num_inference_steps, result)
             return self._finish(request, z)
 
         def noised(noise: Tensor) -> Tensor:
