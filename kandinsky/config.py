@@ -193,6 +193,11 @@ class UNetConfig:
         return self.out_channels // 2
 
     @property
+    def inpaints(self) -> bool:
+        """Whether it reads the masked picture's latents and the mask beside the sample."""
+        return self.in_channels == 2 * self.latent_channels + 1 and not self.hint
+
+    @property
     def downscale(self) -> int:
         """Latents per position of the coarsest map along one side: 8 for the released sizes."""
         return 2 ** (len(self.block_out_channels) - 1)

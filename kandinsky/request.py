@@ -226,7 +226,7 @@ class Requests(Embedding):
         made, name = config.latent_channels, self.decoder_folder
         if needs_movq and made != read:
             raise CheckpointError(f"{name}: the U-Net's latents have {made} channels, MoVQ's {read}")
-        if not config.hint and config.in_channels not in (made, 2 * made + 1):
+        if not (config.hint or config.inpaints or config.in_channels == made):
             what = f"{name}: the U-Net reads {config.in_channels} channels and its latents have {made}"
             raise CheckpointError(f"{what}; {made} are needed, or {2 * made + 1} for inpainting")
         needed = (["text_encoder", "prior"] if words.texts else []) + ["unet"] + ["movq"] * needs_movq
@@ -241,11 +241,10 @@ class Requests(Embedding):
         if name.name.startswith("mini-"):
             plain, hinted = "mini-decoder", "mini-controlnet-depth"
         family = "kandinsky-2-1" if config.text else plain
-        inpaints = config.in_channels == 2 * config.latent_channels + 1 and not config.hint
-        if inpaints and task != "inpaint":
+        if config.inpaints and task != "inpaint":
             needed = family if hint is None else hinted
             raise CheckpointError(f"{name} is for inpainting; use {needed} for {task}")
-        if task == "inpaint" and not inpaints:
+        if task == "inpaint" and not config.inpaints:
             raise CheckpointError(f"{name} is not for inpainting; use {family}-inpaint for {task}")
         if task == "inpaint" and hint is not None:
             raise CheckpointError("no checkpoint takes a hint for inpainting; leave hint out")
