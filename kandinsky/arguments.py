@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,21 @@ def folder(path: Any, what: str) -> Path:
             f"`python scripts/download_weights.py {model}` and pass the folder it fills"
         )
     raise ValueError(f"{what}: no folder at {text!r}")
+
+
+def writable(place: Path, path: Path | None = None) -> Path:
+    """A folder to write to, which may still have to be made. path: what is to be written, if not the folder
+
+    Raises:
+        OSError: it, or the nearest folder around it that there is, cannot be written to.
+    """
+    nearest = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+    try:
+        with TemporaryFile(dir=nearest):
+            return place
+    except OSError:
+        said = f"{path or place} cannot be written: {nearest} is not a folder that can be written to"
+        raise OSError(said) from None
 
 
 def is_hub_id(path: Any) -> bool:

@@ -9,7 +9,6 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -264,22 +263,7 @@ def check_writable(path: Path, suffixes: dict[str, str] = SUFFIXES) -> None:
         raise OSError(f"{path} cannot be written: its name is longer than {LONGEST_NAME} bytes")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the file's name too")
-    check_folder(path.parent, path)
-
-
-def check_folder(folder: Path, path: Path) -> None:
-    """Raises an OSError where nothing can be written to a folder, which may still have to be made.
-
-    path: what is to be written, for the error
-    """
-    folder = folder.absolute()
-    nearest = next(place for place in (folder, *folder.parents) if place.exists())
-    try:
-        with TemporaryFile(dir=nearest):
-            pass
-    except OSError:
-        said = f"{path} cannot be written: {nearest} is not a folder that can be written to"
-        raise OSError(said) from None
+    arguments.writable(path.parent, path)
 
 
 def fitting_name(path: Path, size: tuple[int, int], instead: str = ".png") -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kandinsky import arguments, cli, images
+from kandinsky import arguments, cli
 from kandinsky.datasets import Dataset, Folder, Shapes
 from kandinsky.lora import add_lora, train_only_lora
 from kandinsky.shapes import OBJECT_WEIGHTS
@@ -104,7 +104,7 @@ def check_training_flags(args: Namespace) -> None:
     if writes_over and getattr(args, "lora", None) is None:  # a LoRA lies beside what it changes
         what = f"--out {args.out} is --init, whose weights would be written over"
         raise ValueError(f"{what}; choose another --out")
-    images.check_folder(args.out, args.out)
+    arguments.writable(args.out)
 
 
 def check_place(args: Namespace, other: str) -> None:
