@@ -43,12 +43,12 @@ def module_names(model: nn.Module, pattern: str) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     if found:
-        modules = {model.get_submodule(name) for name in found}
-        if modules <= uncalled(model):
+        modules = [model.get_submodule(name) for name in found]
+        if uncalled(model).issuperset(modules):
             why = "is not called in an optimized network; kandinsky.optimize.restore(network) first"
             raise ValueError(f"{pattern} {why}")
         if all(type(module).forward is nn.Module.forward for module in modules):
-            kind = type(modules.pop()).__name__
+            kind = type(modules[0]).__name__
             raise ValueError(f"{pattern} is a {kind}, which only holds others: {pattern}.*")
         return found
     nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
