@@ -37,10 +37,8 @@ def test_the_mean_of_three_networks_loads(folders):
 
 
 def test_a_network_that_is_there_is_written_over_only_where_that_is_asked_for(folders, capsys):
-    given, written = (
-        [str(folders / "b"), str(folders / "c"), "--out", str(folders / "a")],
-        folders / "a" / FILE,
-    )
+    given = [str(folders / "b"), str(folders / "c"), "--out", str(folders / "a")]
+    written = folders / "a" / FILE
     before = written.read_bytes()
     assert run("average_weights", *given) == 2 and written.read_bytes() == before
     told = capsys.readouterr().err

@@ -42,6 +42,12 @@ def run(name: str, *argv: str) -> int:
         return exit.code
 
 
+def sources(script: str, clip: Path, movq: Path) -> list:
+    """The flags without which a training script does not start, but --out."""
+    of_decoder = ["--clip", clip, "--movq", movq]
+    return {"train_prior": of_decoder[:2], "train_decoder": of_decoder}.get(script, [])
+
+
 def test_a_prompt_goes_in_and_a_picture_comes_out(decoder_folder, tmp_path, capsys):
     out = tmp_path / "cat.png"
     assert run("text2img", "a red cat", "--weights", decoder_folder, "--out", out, *QUICK) == 0
@@ -401,8 +407,7 @@ def test_a_decoders_sizes_are_checked_before_anything_is_written(
     ],
 )
 def test_sizes_beside_those_of_init_are_refused(tmp_path, capsys, script, flag):
-    needed = {"train_prior": ["--clip", tmp_path], "train_decoder": ["--clip", tmp_path, "--movq", tmp_path]}
-    places = needed.get(script, [])
+    places = sources(script, tmp_path, tmp_path)
     assert run(script, *places, "--init", tmp_path, "--out", tmp_path / "no", flag, "32") == 2
     told = capsys.readouterr().err
     assert f"{flag} is of a network from nothing; --init's has its own sizes" in told
@@ -411,7 +416,7 @@ def test_sizes_beside_those_of_init_are_refused(tmp_path, capsys, script, flag):
 
 @pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
 def test_a_precision_beside_a_lora_is_refused(tmp_path, capsys, script):
-    places = ["--clip", tmp_path, "--movq", tmp_path][: 2 if script == "train_prior" else 4]
+    places = sources(script, tmp_path, tmp_path)
     flags = ["--init", tmp_path, "--out", tmp_path / "no", "--lora", "2", "--save-dtype", "float16"]
     assert run(script, *places, *flags) == 2
     told = capsys.readouterr().err
@@ -446,7 +451,7 @@ def test_samples_of_what_draws_none_are_refused(tmp_path, capsys):
 def test_a_repository_of_another_kind_is_not_written_over(decoder_folder, capsys, script, other):
     prior = decoder_folder.with_name("kandinsky-2-2-prior")
     before = {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
-    places = ["--clip", prior, "--movq", decoder_folder][: 2 if script == "train_prior" else 4]
+    places = sources(script, prior, decoder_folder)
     out = decoder_folder if script == "train_prior" else prior
     assert run(script, *places, "--out", out, "--steps", "1", "--count", "1") == 2
     told = capsys.readouterr().err
@@ -466,7 +471,7 @@ def test_a_lora_may_lie_in_a_repository(decoder_folder, capsys, script, wrong, m
     """What is refused is what is checked after the place."""
     prior = decoder_folder.with_name("kandinsky-2-2-prior")
     init = prior if script == "train_prior" else decoder_folder
-    places = ["--clip", prior, "--movq", decoder_folder][: 2 if script == "train_prior" else 4]
+    places = sources(script, prior, decoder_folder)
     for out in (decoder_folder, prior):
         assert run(script, *places, "--init", init, "--out", out, "--lora", "2", *wrong) == 2
         assert message in capsys.readouterr().err
@@ -483,7 +488,7 @@ def test_a_folder_of_repositories_is_not_one(decoder_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("script", ["train_prior", "train_decoder"])
 def test_a_folder_is_encoded_whole(tmp_path, capsys, script):
-    places = ["--clip", tmp_path, "--movq", tmp_path][: 2 if script == "train_prior" else 4]
+    places = sources(script, tmp_path, tmp_path)
     assert run(script, *places, "--out", tmp_path / "no", "--data", tmp_path, "--count", "1") == 2
     told = capsys.readouterr().err
     assert "--count is of kandinsky.shapes; of --data all is encoded" in told and told.count("\n") == 1
@@ -494,10 +499,9 @@ def test_what_a_training_starts_from_is_not_written_over(decoder_folder, capsys,
     """A run is continued by the same command, whose --init is another folder."""
     prior = decoder_folder.parent / "kandinsky-2-2-prior"
     init = prior if script in ("train_clip", "train_prior") else decoder_folder
-    places = {"train_prior": ["--clip", prior], "train_decoder": ["--clip", prior, "--movq", decoder_folder]}
     before = {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
-    places = [*places.get(script, []), "--init", init, "--out", init / "training" / "..", "--steps", "1"]
-    assert run(script, *places) == 2
+    places = [*sources(script, prior, decoder_folder), "--init", init]
+    assert run(script, *places, "--out", init / "training" / "..", "--steps", "1") == 2
     told = capsys.readouterr().err
     assert "is --init, whose weights would be written over; choose another" in told and told.count("\n") == 1
     assert before == {path: path.stat().st_mtime_ns for path in decoder_folder.parent.rglob("*")}
@@ -505,10 +509,9 @@ def test_what_a_training_starts_from_is_not_written_over(decoder_folder, capsys,
 
 @pytest.mark.parametrize("script", ["train_movq", "train_clip", "train_prior", "train_decoder"])
 def test_where_nothing_can_be_written_nothing_is_encoded(tmp_path, capsys, script):
-    needed = {"train_prior": ["--clip", tmp_path], "train_decoder": ["--clip", tmp_path, "--movq", tmp_path]}
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "new"):
-        assert run(script, *needed.get(script, []), "--out", out) == 2
+        assert run(script, *sources(script, tmp_path, tmp_path), "--out", out) == 2
         told = capsys.readouterr().err
         assert f"{out} cannot be written: {tmp_path / 'file'} is not a folder" in told
         assert told.count("\n") == 1
@@ -626,9 +629,7 @@ def test_a_batch_of_contrast_is_no_larger_than_its_folder(tmp_path, capsys, monk
 def test_numbers_that_train_nothing_are_refused_before_anything_is_made(
     script, flags, message, tmp_path, capsys
 ):
-    folders = {"train_prior": ["--clip"], "train_decoder": ["--clip", "--movq"]}.get(script, [])
-    places = [part for folder in folders for part in (folder, tmp_path)]
-    assert run(script, *places, "--out", tmp_path / "no", *flags) == 2
+    assert run(script, *sources(script, tmp_path, tmp_path), "--out", tmp_path / "no", *flags) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1 and not (tmp_path / "no").exists()
 
